@@ -1,0 +1,5 @@
+"""See `api`."""
+
+from saccade.ops.attend.api import attend
+
+__all__ = ["attend"]

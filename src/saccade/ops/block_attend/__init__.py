@@ -1,0 +1,5 @@
+"""See `api`."""
+
+from saccade.ops.block_attend.api import block_attend
+
+__all__ = ["block_attend"]

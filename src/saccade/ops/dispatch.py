@@ -1,0 +1,100 @@
+"""Which implementation of an engine runs, and the record of what ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an engine.
+
+    Args:
+        name: What `impl=` calls it.
+        run: The function.
+        refuses: Takes the call's arguments by name; the reason why it cannot run, or None.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    refuses: Callable[[Mapping[str, Any]], str | None] = lambda call: None  # noqa: ARG005
+
+
+@dataclass
+class RunRecord:
+    """What one engine call did; collected by `recording`.
+
+    Args:
+        op: Engine.
+        impl: Implementation that ran.
+        refused: For each implementation passed over, why.
+        density: Fraction of the M x N pairs computed, or None where the notion does not apply.
+        select_seconds: Time spent choosing what to compute, added by the selector.
+    """
+
+    op: str
+    impl: str
+    refused: dict[str, str] = field(default_factory=dict)
+    density: float | None = None
+    select_seconds: float = 0.0
+
+
+_records: ContextVar[list[RunRecord] | None] = ContextVar("saccade_records", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[RunRecord]]:
+    """Collect a `RunRecord` for each engine call made inside, in this thread or task only."""
+    records: list[RunRecord] = []
+    token = _records.set(records)
+    try:
+        yield records
+    finally:
+        _records.reset(token)
+
+
+def is_recording() -> bool:
+    """Whether someone reads the records (never while torch.compile traces)."""
+    return not torch.compiler.is_compiling() and _records.get() is not None
+
+
+def record(entry: RunRecord) -> None:
+    """Add `entry` for whoever is recording."""
+    records = None if torch.compiler.is_compiling() else _records.get()
+    if records is not None:
+        records.append(entry)
+
+
+def choose(
+    op: str, implementations: Mapping[str, Implementation], impl: str, call: Mapping[str, Any]
+) -> tuple[Implementation, dict[str, str]]:
+    """The implementation to run and why those before it were passed over.
+
+    `implementations` is ordered by preference. `impl="auto"` takes the first that does not refuse; "reference" is never
+    taken automatically. An explicit choice runs or raises.
+
+    Raises:
+        ValueError: If `impl` is unknown, or the one asked for (or every one) refuses the call.
+    """
+    if impl != "auto":
+        if impl not in implementations:
+            raise ValueError(f"impl={impl!r}: {op} has 'auto', {', '.join(map(repr, implementations))}")
+        reason = implementations[impl].refuses(call)
+        if reason is not None:
+            raise ValueError(f"impl={impl!r}: {op} cannot run it here: {reason}")
+        return implementations[impl], {}
+    refused: dict[str, str] = {}
+    for candidate in implementations.values():
+        if candidate.name == "reference":
+            continue
+        reason = candidate.refuses(call)
+        if reason is None:
+            return candidate, refused
+        refused[candidate.name] = reason
+    raise ValueError(f"{op}: no implementation can run this call: {refused}")

@@ -1,0 +1,30 @@
+"""`gather_attend`: softmax attention over a `TokenIndex`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from saccade.ops.attend.reference import reference_attention
+from saccade.ops.checks import check_qkv, resolve_scale
+from saccade.types import AttentionOutput, TokenIndex
+
+
+def gather_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: TokenIndex,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    workspace: int = 256 * 2**20,
+    impl: str = "auto",
+) -> Tensor | AttentionOutput:
+    """Softmax attention over the pairs of `index`. (Placeholder body: the engine's owner replaces it.)"""
+    check_qkv(q, k, v)
+    out, lse = reference_attention(
+        q, k, v, index.to_dense(), scale=resolve_scale(scale, q.shape[3]), softcap=softcap, sinks=sinks
+    )
+    return AttentionOutput(out, lse) if return_lse else out
