@@ -1,8 +1,9 @@
-"""Softmax attention on batches of small dense tiles, forward and backward: the inner step of the block and gather engines.
+"""Softmax attention on batches of small dense tiles, forward and backward: the inner step of the sparse engines.
 
-Shapes: q `[n, m, D]`, k `[n, L, D]`, v `[n, L, E]`, mask bool `[n or 1, m or 1, L]` (True = attend) or None. Everything
-runs and is returned in the accumulation dtype (fp32, or fp64 for fp64). Keys and values must be finite, also where
-masked: callers replace those that are not (0 * NaN is NaN).
+Shapes: q `[n, m, D]`, k `[n, L, D]`, v `[n, L, E]`, mask bool `[n', m', L]` (True = attend) or None. n' divides n and m'
+divides m: each mask serves n / n' consecutive tiles, whose m rows are m / m' stacked copies of it; `[n or 1, m or 1, L]`
+is the common case. Everything runs and is returned in the accumulation dtype (fp32, or fp64 for fp64). Keys and values
+must be finite, also where masked: callers replace those that are not (0 * NaN is NaN).
 
 The formulas, per row i with scores s, x = scale * q k^T:
 
@@ -27,7 +28,8 @@ def tile_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
     if mask is not None:
-        scores.masked_fill_(~mask, -torch.inf)
+        tiles, height, _ = mask.shape
+        scores.view(tiles, -1, height, k.shape[1]).masked_fill_(~mask[:, None], -torch.inf)
     return scores
 
 

@@ -1,0 +1,149 @@
+"""How a layout is cut into batches of equal shape: the plan of the eager engine.
+
+A row of a layout (one query block) is cut into parts: its entries without a mask and those with one, each at most so
+many blocks long. Parts of equal length form a batch, whatever row they come from; their results merge through the lse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saccade.types import BlockLayout
+from saccade.types.bits import unpack_bits
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Parts of `n` different rows, each of `c` entries, times the copies (batch, group) that share the pattern.
+
+    Args:
+        entries: int64 `[n, c]`, places in the layout's entries.
+        query_blocks: int64 `[n, copies, stack]`, places in `[B * H * query_blocks]`; the `stack` query heads read the
+            same keys.
+        key_blocks: int64 `[n, copies, c]`, places in `[B * G * key_blocks]`.
+        masked: Whether some entry is bit-masked or cut by the ragged edge of the keys.
+    """
+
+    entries: Tensor
+    query_blocks: Tensor
+    key_blocks: Tensor
+    masked: bool
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which query and key blocks a row of the layout stands for: B, H, G against its own `batch` and `heads`."""
+
+    layout: BlockLayout
+    batch: int
+    heads: int
+    groups: int
+
+    @property
+    def stack(self) -> int:
+        """Query heads that read the same gathered keys: those of a group if the pattern is shared by the heads."""
+        return self.heads // self.groups if self.layout.heads == 1 else 1
+
+    @property
+    def copies(self) -> int:
+        """How often a row's pattern is used, on different keys."""
+        batch = self.batch if self.layout.batch == 1 else 1
+        return batch * (self.groups if self.layout.heads == 1 else 1)
+
+    def places(self, rows: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
+        """Query blocks `[n, copies, stack]` and first key block `[n, copies]` of rows `[n]` and copies `[c]`."""
+        layout, ratio = self.layout, self.heads // self.groups
+        block = rows % layout.query_blocks
+        head, batch = rows // layout.query_blocks % layout.heads, rows // layout.query_blocks // layout.heads
+        shared = self.groups if layout.heads == 1 else 1
+        which_batch = batch[:, None] + copies // shared if layout.batch == 1 else batch[:, None]
+        if layout.heads == 1:
+            group = (copies % shared).expand(len(rows), -1)
+            query_head = group[..., None] * ratio + torch.arange(ratio, device=rows.device)
+        else:
+            group = (head // ratio)[:, None]
+            query_head = head[:, None, None]
+        query_blocks = (which_batch[..., None] * self.heads + query_head) * layout.query_blocks + block[:, None, None]
+        return query_blocks, (which_batch * self.groups + group) * layout.key_blocks
+
+
+def pieces(sharing: Sharing, tile_bytes: int, item_bytes: int, budget: int) -> Iterator[Piece]:
+    """Cut the layout so that each piece costs about `budget` bytes at most (one block of one row at least).
+
+    Args:
+        sharing: The layout and the sizes it serves.
+        tile_bytes: What one entry of one copy costs.
+        item_bytes: What one part of one copy costs beside its entries.
+        budget: Bytes.
+    """
+    layout = sharing.layout
+    masked = layout.kinds >= 0
+    if layout.keys % layout.block[1]:
+        masked = masked | (layout.indices == layout.key_blocks - 1)
+    longest = max(1, (budget - item_bytes) // tile_bytes)
+    rows = layout.rows
+    copies = torch.arange(sharing.copies, device=layout.device)
+    for flag in (False, True):
+        chosen = (masked == flag).nonzero().squeeze(1)
+        for part_rows, entries in _equal_parts(chosen, rows[chosen], len(layout.indptr) - 1, longest):
+            cost = item_bytes + tile_bytes * entries.shape[1]
+            count = max(1, budget // cost)
+            some_copies = min(count, len(copies))
+            some_rows = max(1, count // len(copies))
+            for row_chunk, entry_chunk in zip(part_rows.split(some_rows), entries.split(some_rows), strict=True):
+                for copy_chunk in copies.split(some_copies):
+                    query_blocks, first = sharing.places(row_chunk, copy_chunk)
+                    key_blocks = first[..., None] + layout.indices[entry_chunk].long()[:, None]
+                    yield Piece(entry_chunk, query_blocks, key_blocks, flag)
+
+
+def _equal_parts(entries: Tensor, rows: Tensor, total: int, longest: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches `(rows [n], entries [n, c])` of parts of equal length, no row twice in a batch."""
+    counts = torch.bincount(rows, minlength=total)
+    starts = counts.cumsum(0) - counts
+    for first in range(0, int(counts.max()) if total else 0, longest):
+        left = (counts - first).clamp(0, longest)
+        order = torch.argsort(left, stable=True)
+        lengths, sizes = torch.unique_consecutive(left[order], return_counts=True)
+        batches = order.split(sizes.tolist())
+        for length, batch in zip(lengths.tolist(), batches, strict=True):
+            if length:
+                places = starts[batch, None] + first + torch.arange(length, device=rows.device)
+                yield batch, entries[places]
+
+
+class Masks:
+    """Bool masks of pieces; patterns are unpacked once if they are few."""
+
+    def __init__(self, layout: BlockLayout, budget: int) -> None:
+        self.layout = layout
+        block_q, block_k = layout.block
+        self.table: Tensor | None = None
+        if (len(layout.bits) + 1) * block_q * block_k * 3 <= budget:
+            whole = torch.ones(1, block_q, block_k, dtype=torch.bool, device=layout.device)
+            self.table = torch.cat([unpack_bits(layout.bits, layout.block), whole])
+
+    def of(self, piece: Piece) -> Tensor | None:
+        """`[n, block_q, c * block_k]`, or None if nothing is hidden."""
+        if not piece.masked:
+            return None
+        layout = self.layout
+        block_q, block_k = layout.block
+        kinds = layout.kinds[piece.entries].long()
+        if self.table is not None:
+            tiles = self.table[kinds.where(kinds >= 0, len(self.table) - 1)]
+        else:
+            tiles = unpack_bits(layout.bits[kinds.clamp(min=0).flatten()], layout.block).view(
+                *kinds.shape, *layout.block
+            )
+            tiles |= (kinds < 0)[..., None, None]
+        if layout.keys % block_k:
+            places = torch.arange(block_k, device=layout.device)
+            inside = layout.indices[piece.entries].long()[..., None] * block_k + places < layout.keys
+            tiles = tiles & inside[:, :, None, :]
+        count, length = kinds.shape
+        return tiles.transpose(1, 2).reshape(count, block_q, length * block_k)
