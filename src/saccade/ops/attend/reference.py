@@ -23,7 +23,8 @@ def reference_attention(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention under a bool `mask` that broadcasts to `[B, H, M, N]`; returns `(out, lse)`.
 
-    Each key and value that a row may not see is replaced by 0 for that row, so NaN and inf there are inert.
+    Each key and value that a row may not see is replaced by 0 for that row, so NaN and inf there are inert. A bias of
+    -inf hides its pair as the mask does.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -31,12 +32,14 @@ def reference_attention(
     queries, keys, values = q.to(accumulate), k.to(accumulate), v.to(accumulate)
     shape = (*q.shape[:3], k.shape[2])
     mask = mask.expand(shape)
+    if bias is not None:
+        mask = mask & (bias > -torch.inf)
     seen_keys = torch.where(mask[..., None], keys[:, :, None], 0.0)
     scores = (queries[:, :, :, None] * seen_keys).sum(-1) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
-        scores = scores + bias.to(accumulate)
+        scores = scores + bias.to(accumulate).masked_fill(bias == -torch.inf, 0.0)
     if score_mod is not None:
         indices = torch.meshgrid(*(torch.arange(size, device=q.device) for size in shape), indexing="ij")
         scores = score_mod(scores, *indices)
@@ -44,7 +47,7 @@ def reference_attention(
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(accumulate)[None, :, None].expand_as(lse))
     if normalise is not None:
-        weights = normalise(scores.masked_fill(~mask, 0.0), mask)
+        weights = normalise(scores.masked_fill(~mask, 0.0), mask).masked_fill(~mask, 0.0)
     else:
         weights = torch.exp(scores.masked_fill(~mask, -torch.inf) - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
     seen_values = torch.where(mask[..., None], values[:, :, None], 0.0)
