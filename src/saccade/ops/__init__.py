@@ -4,6 +4,10 @@ from saccade.ops.attend import attend
 from saccade.ops.block_attend import block_attend
 from saccade.ops.dispatch import RunRecord, recording
 from saccade.ops.gather_attend import gather_attend
+from saccade.ops.long_conv import long_conv
 from saccade.ops.merge import merge
+from saccade.ops.scan import ScanState, scan
 
-__all__ = ["RunRecord", "attend", "block_attend", "gather_attend", "merge", "recording"]
+__all__ = [
+    "RunRecord", "ScanState", "attend", "block_attend", "gather_attend", "long_conv", "merge", "recording", "scan",
+]  # fmt: skip

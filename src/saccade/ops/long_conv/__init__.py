@@ -1,1 +1,5 @@
 """See `api`."""
+
+from saccade.ops.long_conv.api import long_conv
+
+__all__ = ["long_conv"]
