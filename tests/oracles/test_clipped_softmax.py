@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from saccade.mechanisms.scores.clipped_softmax import ClippedSoftmax
 from saccade.types import Geometry
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from saccade.mechanisms.scores.cog import Cog
 from saccade.types import Geometry
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from saccade.mechanisms.scores.softplus import Softplus
 from saccade.types import Geometry
 
@@ -56,7 +57,7 @@ def test_agrees_with_the_equations(causal, power, queries, keys, groups):
 def test_scale_replaces_log_d():
     q, k, v = inputs(4, 6)
     torch.testing.assert_close(
-        Softplus(None)(q, k, v, scale=0.7), oracle(q, k, v, None, False, 0.7), atol=1e-10, rtol=0
+        Softplus(None)(q, k, v, scale=0.7), oracle(q, k, v, None, causal=False, scale=0.7), atol=1e-10, rtol=0
     )
 
 
@@ -108,7 +109,7 @@ def test_poisoned_padding_reaches_no_gradient():
     segments = torch.tensor([[-1, -1, 0, 0, 0, 0]])
     out = Softplus(3.0)(q, k, v, geometry=Geometry(q_segments=segments[:, 2:], kv_segments=segments))
     with torch.no_grad():
-        expected = oracle(q.detach(), k.detach()[:, :, 2:], v.detach()[:, :, 2:], 3.0, False)
+        expected = oracle(q.detach(), k.detach()[:, :, 2:], v.detach()[:, :, 2:], 3.0, causal=False)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
     grads = torch.autograd.grad(out.pow(2).sum(), (q, k, v))
     assert all(grad.isfinite().all() for grad in grads)

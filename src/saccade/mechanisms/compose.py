@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -104,7 +105,8 @@ class Attention:
         q, k = self._place(q, k, q_positions)
         options: dict[str, Any] = {"scale": scale, "impl": impl}
         if self.where is not None:
-            return self.where(q, k, v, geometry=geometry, return_lse=return_lse, **options)
+            where: Callable[..., Tensor | AttentionOutput] = self.where
+            return where(q, k, v, geometry=geometry, return_lse=return_lse, **options)
         if self.score is not None:
             return self.score(q, k, v, geometry=geometry, **options)
         return attend(

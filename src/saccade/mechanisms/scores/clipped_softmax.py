@@ -25,8 +25,10 @@ from saccade.types import Kind
     exact_when="gamma = 0 and zeta = 1",
     complexity="N^2",
     deviations=(
-        "With alpha and no length, T in gamma = -alpha / T is the number of keys the row sees, so that whole, packed "
-        "and step-by-step calls agree; the authors use the fixed maximal sequence length, which is `length`.",
+        (
+            "With alpha and no length, T in gamma = -alpha / T is the number of keys the row sees, so that whole, "
+            "packed and step-by-step calls agree; the authors use the fixed maximal sequence length, which is `length`."
+        ),
         "The paper's second proposal, gated attention, is another mechanism and not part of this one.",
     ),
     example={"gamma": -0.03, "zeta": 1.03},

@@ -24,8 +24,10 @@ from saccade.types import Kind
     training_free=False,
     complexity="N^2",
     deviations=(
-        "The authors keep plain softmax in the first and the last layer of a model; which layers use this one is the "
-        "caller's choice.",
+        (
+            "The authors keep plain softmax in the first and the last layer of a model; which layers use this one is "
+            "the caller's choice."
+        ),
     ),
 )
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from saccade.catalog import register
 from saccade.mechanisms.base import ALL_PATTERNS, PLAIN, Score, require
@@ -21,7 +21,7 @@ UNSHIFTED_KEYS = 3
 @register(
     "softplus",
     Kind.SCORE,
-    summary="Softplus of cosine scores times log D log N, l1-normalised, then sharpened by a power of what exceeds 1/N.",
+    summary="Softplus of cosine scores times log D log N, l1-normalised and sharpened by a power.",
     papers=("Softplus Attention with Re-weighting Boosts Length Extrapolation in Large Language Models",),
     year=2025,
     code="iminfine/freeatten",
@@ -30,8 +30,10 @@ UNSHIFTED_KEYS = 3
     training_free=False,
     complexity="N^2",
     deviations=(
-        "N of a row is the number of keys it may see, which for causal attention is the paper's row number; the "
-        "threshold is 0 where N <= 3 instead of in the first three rows, so that packed and stepwise calls agree.",
+        (
+            "N of a row is the number of keys it may see, which for causal attention is the paper's row number; the "
+            "threshold is 0 where N <= 3 instead of in the first three rows, so that packed and stepwise calls agree."
+        ),
         "The power is taken of weights divided by the row's largest, which changes nothing but cannot overflow.",
         "A row in which no weight exceeds 1/N by more than rounding gives 0, the limit of the paper's 0 / (0 + eps).",
         "Written from the paper's equations; the authors' repository was not available to read.",
@@ -71,7 +73,7 @@ class Softplus(Score):
         """See the class; `scores` are log D cos(q, k). Masked pairs and rows that see nothing get exactly 0."""
         hidden = ~mask
         seen = mask.expand(*mask.shape[:-1], scores.shape[-1]).sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)
-        weights = _l1(F.softplus(scores * seen.log()).masked_fill(hidden, 0.0))
+        weights = _l1(functional.softplus(scores * seen.log()).masked_fill(hidden, 0.0))
         if self.power is None:
             return weights
         threshold = (seen > UNSHIFTED_KEYS).to(scores.dtype)
@@ -84,7 +86,7 @@ class Softplus(Score):
 
 def _unit(x: Tensor) -> Tensor:
     """Rows of length 1 in the dtype of `x`; a row of zeros stays."""
-    return F.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1).to(x.dtype)
+    return functional.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1).to(x.dtype)
 
 
 def _l1(x: Tensor) -> Tensor:
