@@ -105,39 +105,50 @@ def _forward(
     lse = torch.full((len(queries), block_q, 1), -torch.inf, dtype=dtype, device=q.device)
     sharing = Sharing(layout, q.shape[0], q.shape[1], k.shape[1])
     height, width, size = sharing.stack * block_q, q.shape[3] + v.shape[3], dtype.itemsize
-    tile_bytes = block_k * (height * size + 2 * width * size) + 4 * block_q * block_k
+    fused = softcap is None and q.device.type == "cpu" and q.shape[3] == v.shape[3] > 0
+    tile_bytes = block_k * (2 * width * size + (0 if fused else height * size)) + 4 * block_q * block_k
     budget = _budget(q.device, workspace)
     masks = Masks(layout, budget)
     for piece in pieces(sharing, tile_bytes, 2 * height * width * size, budget):
-        part_out, part_lse = _attend(
-            _take(queries, piece.query_blocks, dtype), _take(keys, piece.key_blocks, dtype),
-            _take(values, piece.key_blocks, dtype), masks.of(piece), scale, softcap,
-        )  # fmt: skip
-        _merge(out, lse, part_out.view(-1, block_q, v.shape[3]), part_lse.view(-1, block_q, 1), piece)
+        tensors = (_take(queries, piece.query_blocks, dtype),) + tuple(
+            _take(blocks, piece.key_blocks, dtype) for blocks in (keys, values)
+        )
+        mask = masks.of(piece)
+        part = fused_forward(*tensors, mask, scale) if fused else tile_forward(*tensors, mask, scale, softcap)
+        _put(out, lse, part[0].view(-1, block_q, v.shape[3]), part[1].view(-1, block_q, 1), piece)
     return from_blocks(out, q), from_blocks(lse, q).squeeze(-1)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Attention of a piece; without mask and softcap a CPU runs its fused kernel."""
-    if mask is None and softcap is None and q.device.type == "cpu" and q.shape[2] == v.shape[2] > 0:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q[:, None], k[:, None], v[:, None], scale=scale
-        )
-        return out.transpose(1, 2).contiguous(), lse.contiguous()
-    return tile_forward(q, k, v, mask, scale, softcap)
+def fused_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """`tile_forward` by the fused kernel that PyTorch has for CPUs; D = E."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
+    tiles, rows, _ = q.shape
+    if mask is None:
+        out, lse = kernel(q[:, None], k[:, None], v[:, None], scale=scale)
+        return out, lse
+    stack = rows // mask.shape[1]
+    hidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    hidden = hidden.repeat_interleave(tiles // len(mask), 0) if len(mask) < tiles else hidden
+    out, lse = kernel(
+        q.view(tiles, stack, -1, q.shape[2]), k[:, None].expand(-1, stack, -1, -1), v[:, None].expand(-1, stack, -1, -1),
+        attn_mask=hidden[:, None], scale=scale,
+    )  # fmt: skip
+    empty = ~mask.any(-1)
+    lse = lse.reshape(len(mask), -1, *empty.shape[1:]).masked_fill(empty[:, None], -torch.inf)
+    return out, lse
 
 
-def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, piece: Piece) -> None:
-    """Fold a part of some rows into what earlier parts left there."""
+def _put(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, piece: Piece) -> None:
+    """Write a part of some rows, folded into what earlier parts left there."""
     where = piece.query_blocks.flatten()
-    old_lse = lse.index_select(0, where)
-    new_lse = torch.logaddexp(old_lse, part_lse)
-    shift = new_lse.masked_fill(new_lse == -torch.inf, 0.0)
-    merged = out.index_select(0, where).mul_((old_lse - shift).exp_())
-    out.index_copy_(0, where, merged.addcmul_(part_out, (part_lse - shift).exp_()))
-    lse.index_copy_(0, where, new_lse)
+    if piece.merged:
+        old_lse = lse.index_select(0, where)
+        new_lse = torch.logaddexp(old_lse, part_lse)
+        shift = new_lse.masked_fill(new_lse == -torch.inf, 0.0)
+        old_out = out.index_select(0, where).mul_((old_lse - shift).exp_())
+        part_out, part_lse = old_out.addcmul_(part_out, (part_lse - shift).exp_()), new_lse
+    out.index_copy_(0, where, part_out)
+    lse.index_copy_(0, where, part_lse)
 
 
 def _backward(

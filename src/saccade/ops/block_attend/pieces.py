@@ -16,6 +16,10 @@ from saccade.types import BlockLayout
 from saccade.types.bits import unpack_bits
 
 
+CROWDED = 4
+"""A row with more than one masked block in so many runs whole with a mask."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """Parts of `n` different rows, each of `c` entries, times the copies (batch, group) that share the pattern.
@@ -26,12 +30,14 @@ class Piece:
             same keys.
         key_blocks: int64 `[n, copies, c]`, places in `[B * G * key_blocks]`.
         masked: Whether some entry is bit-masked or cut by the ragged edge of the keys.
+        merged: Whether an earlier piece may hold another part of the same rows.
     """
 
     entries: Tensor
     query_blocks: Tensor
     key_blocks: Tensor
     masked: bool
+    merged: bool
 
 
 @dataclass(frozen=True)
@@ -81,28 +87,40 @@ def pieces(sharing: Sharing, tile_bytes: int, item_bytes: int, budget: int) -> I
         budget: Bytes.
     """
     layout = sharing.layout
+    longest = max(1, (budget - item_bytes) // tile_bytes)
+    rows, total = layout.rows, len(layout.indptr) - 1
+    copies = torch.arange(sharing.copies, device=layout.device)
+    for chosen, masked, merged in _classes(layout, rows):
+        for part_rows, entries, first in _equal_parts(chosen, rows[chosen], total, longest):
+            count = max(1, budget // (item_bytes + tile_bytes * entries.shape[1]))
+            some_copies, some_rows = min(count, len(copies)), max(1, count // len(copies))
+            for row_chunk, entry_chunk in zip(part_rows.split(some_rows), entries.split(some_rows), strict=True):
+                for copy_chunk in copies.split(some_copies):
+                    query_blocks, start = sharing.places(row_chunk, copy_chunk)
+                    key_blocks = start[..., None] + layout.indices[entry_chunk].long()[:, None]
+                    yield Piece(entry_chunk, query_blocks, key_blocks, masked, merged or not first)
+
+
+def _classes(layout: BlockLayout, rows: Tensor) -> Iterator[tuple[Tensor, bool, bool]]:
+    """Entries by treatment: `(entries, masked, merged)`.
+
+    Masks cost time, so the masked entries of a row run apart and are merged, unless they are many.
+    """
     masked = layout.kinds >= 0
     if layout.keys % layout.block[1]:
         masked = masked | (layout.indices == layout.key_blocks - 1)
-    longest = max(1, (budget - item_bytes) // tile_bytes)
-    rows = layout.rows
-    copies = torch.arange(sharing.copies, device=layout.device)
-    for flag in (False, True):
-        chosen = (masked == flag).nonzero().squeeze(1)
-        for part_rows, entries in _equal_parts(chosen, rows[chosen], len(layout.indptr) - 1, longest):
-            cost = item_bytes + tile_bytes * entries.shape[1]
-            count = max(1, budget // cost)
-            some_copies = min(count, len(copies))
-            some_rows = max(1, count // len(copies))
-            for row_chunk, entry_chunk in zip(part_rows.split(some_rows), entries.split(some_rows), strict=True):
-                for copy_chunk in copies.split(some_copies):
-                    query_blocks, first = sharing.places(row_chunk, copy_chunk)
-                    key_blocks = first[..., None] + layout.indices[entry_chunk].long()[:, None]
-                    yield Piece(entry_chunk, query_blocks, key_blocks, flag)
+    masked_count = torch.bincount(rows[masked], minlength=len(layout.indptr) - 1)
+    crowded = (masked_count * CROWDED > layout.indptr.diff())[rows]
+    yield (~masked & ~crowded).nonzero().squeeze(1), False, False
+    yield crowded.nonzero().squeeze(1), True, False
+    yield (masked & ~crowded).nonzero().squeeze(1), True, True
 
 
-def _equal_parts(entries: Tensor, rows: Tensor, total: int, longest: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches `(rows [n], entries [n, c])` of parts of equal length, no row twice in a batch."""
+def _equal_parts(entries: Tensor, rows: Tensor, total: int, longest: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Batches `(rows [n], entries [n, c], first)` of parts of equal length, no row twice in a batch.
+
+    `first` says that they are the first parts of their rows.
+    """
     counts = torch.bincount(rows, minlength=total)
     starts = counts.cumsum(0) - counts
     for first in range(0, int(counts.max()) if total else 0, longest):
@@ -113,7 +131,7 @@ def _equal_parts(entries: Tensor, rows: Tensor, total: int, longest: int) -> Ite
         for length, batch in zip(lengths.tolist(), batches, strict=True):
             if length:
                 places = starts[batch, None] + first + torch.arange(length, device=rows.device)
-                yield batch, entries[places]
+                yield batch, entries[places], first == 0
 
 
 class Masks:
