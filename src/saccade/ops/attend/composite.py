@@ -30,7 +30,7 @@ class Callbacks:
 def run(q: Tensor, k: Tensor, v: Tensor, rules: Rules, callbacks: Callbacks) -> tuple[Tensor, Tensor]:
     """`out` `[B, H, M, E]` and `lse` `[B, H, M]` (meaningless with `normalise`)."""
     bad: Tensor | None = None
-    if torch.compiler.is_compiling() or not (is_finite(k.detach()) and is_finite(v.detach())):
+    if torch.compiler.is_compiling() or not all(is_finite(x.detach()) for x in (q, k, v)):
         bad = bad_tokens(k.detach(), v.detach())
         k, v = without(k, bad), without(v, bad)
     chunks = list(plan(q, k, rules))
@@ -65,13 +65,15 @@ def _chunk(
     if low == high:
         return _nothing(q, v.shape[3], stop - start, rules.sinks)
     keys, values = k[:, :, low:high].to(dtype), v[:, :, low:high].to(dtype)
-    scores = torch.matmul(fold(q, groups, chunk, dtype) * rules.scale, keys.mT)
-    scores = _modified(scores.view(batch, heads, stop - start, high - low), chunk, rules, callbacks.score_mod)
     mask = chunk_mask(chunk, total, length, rules.left, rules.right, rules.q_segments, rules.kv_segments, q.device)
     if rules.bias is not None:
         shown = bias_slice(rules.bias.detach(), chunk) > -torch.inf
         mask = shown if mask is None else mask & shown
     mask = torch.ones((), dtype=torch.bool, device=q.device).expand(1, 1, 1, high - low) if mask is None else mask
+    rows = q[:, :, start:stop]
+    rows = rows if bad is None else rows.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # queries of padding
+    scores = torch.matmul(fold(rows, groups, dtype) * rules.scale, keys.mT)
+    scores = _modified(scores.view(batch, heads, stop - start, high - low), chunk, rules, callbacks.score_mod)
     weights, lse = _weights(scores, mask, rules.sinks, callbacks.normalise)
     weights = torch.nn.functional.dropout(weights, callbacks.dropout) if callbacks.dropout else weights
     out = torch.matmul(weights.reshape(batch, groups, heads // groups * (stop - start), high - low), values)

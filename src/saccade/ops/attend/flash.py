@@ -17,8 +17,8 @@ from saccade.ops.attend.band import band
 from saccade.ops.attend.eager import Rules
 from saccade.ops.checks import accumulation_dtype
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
 
 
 def refuses(call: Mapping[str, Any]) -> str | None:
@@ -91,7 +91,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, Tens
 
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Rules
-) -> tuple[Tensor, Tensor, Tensor, None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """As `eager.backward`, without gradients into `lse` and `bias`: the fused kernel has neither."""
     dtype, values = accumulation_dtype(q.dtype), v.shape[3]
     dim = max(q.shape[3], values)

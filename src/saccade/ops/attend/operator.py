@@ -85,14 +85,14 @@ def _attend_backward(
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsinks is None else dsinks
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     out = q.new_empty(*q.shape[:3], v.shape[3])
     return out, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
 
 def _fake_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    sinks: Tensor | None, *rest: Any,
+    grad_out: Tensor, grad_lse: Tensor | None,  # noqa: ARG001
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dbias = torch.empty_like(bias) if bias is not None and rest[-1] else q.new_empty(0)
     dsinks = torch.empty_like(sinks) if sinks is not None else q.new_empty(0)
