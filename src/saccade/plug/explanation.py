@@ -1,0 +1,137 @@
+"""What a recipe put where, and what really ran."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from saccade.plug.recipe import PHASES
+from saccade.plug.route import HeadsReport, Route
+from saccade.plug.transformers import STATE, CallReport, LayerState
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some heads of a layer in one phase.
+
+    Args:
+        layer: Name of the module.
+        phase: "prefill" or "decode".
+        heads: "all", or query heads.
+        mechanism: Installed mechanism, or "dense".
+        settings: Its settings in the recipe.
+        ran: Whether this phase has run since `apply` (with `record=True`).
+        queries: Queries of its last call, or None if it has not run.
+        keys: Keys of its last call.
+        engine: Engine and implementation that ran, or the model's own attention.
+        density: Fraction of the pairs that were computed, or None where the engine does not say.
+        select_seconds: Time spent choosing the pairs.
+        refused: Faster implementations of the engine that were passed over, and why.
+        fallback: Why dense attention ran instead of the mechanism, or None.
+    """
+
+    layer: str
+    phase: str
+    heads: Literal["all"] | tuple[int, ...]
+    mechanism: str
+    settings: dict[str, Any]
+    ran: bool = False
+    queries: int | None = None
+    keys: int | None = None
+    engine: str = ""
+    density: float | None = None
+    select_seconds: float = 0.0
+    refused: dict[str, str] | None = None
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What is installed in a model and what ran in the last forward of each phase; prints as a table.
+
+    Args:
+        model: Class of the model.
+        applied: Whether a recipe is applied.
+        former: The attention implementation that dense layers use, the model's own.
+        rows: One per layer, phase and group of heads.
+    """
+
+    model: str
+    applied: bool
+    former: str
+    rows: tuple[Row, ...]
+
+    @property
+    def fallbacks(self) -> tuple[Row, ...]:
+        """Rows whose mechanism did not run."""
+        return tuple(row for row in self.rows if row.fallback is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain dicts, lists and numbers, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if not self.applied:
+            return f"{self.model}: no recipe is applied; attention is {self.former!r}"
+        head = ("layer", "phase", "heads", "installed", "ran", "density", "select ms", "M x N", "fallback")
+        lines = [head, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
+        return "\n".join([f"{self.model}, dense = {self.former!r}", *table])
+
+
+def explain(model: nn.Module) -> Explanation:
+    """What the recipe applied to `model` installed, and what ran last, per layer, phase and group of heads."""
+    states: list[LayerState] = [module.__dict__[STATE] for module in model.modules() if STATE in module.__dict__]
+    rows = tuple(row for state in states for phase in PHASES for row in _rows(state, phase))
+    former = states[0].former_name if states else str(getattr(getattr(model, "config", None), "_attn_implementation", None))
+    return Explanation(type(model).__name__, bool(states), former, rows)
+
+
+def _rows(state: LayerState, phase: str) -> list[Row]:
+    routes, last = state.routes.get(phase, ()), state.last.get(phase)
+    if last is None:
+        return [Row(state.name, phase, **_installed(route)) for route in routes]
+    return [_row(state, phase, route, last, report) for route, report in zip(routes, last.heads, strict=True)]
+
+
+def _installed(route: Route) -> dict[str, Any]:
+    choice = route.choice
+    return {"heads": choice.heads, "mechanism": choice.mechanism, "settings": dict(choice.settings)}
+
+
+def _row(state: LayerState, phase: str, route: Route, last: CallReport, report: HeadsReport) -> Row:
+    engines = [run for run in report.runs if run.op != "select"]
+    densities = [run.density for run in engines if run.density is not None]
+    return Row(
+        state.name,
+        phase,
+        **_installed(route),
+        ran=True,
+        queries=last.queries,
+        keys=last.keys,
+        engine=" + ".join(f"{run.op}:{run.impl}" for run in engines) if engines else f"model's {state.former_name}",
+        density=sum(densities) if densities else None,
+        select_seconds=sum(run.select_seconds for run in report.runs),
+        refused={name: reason for run in engines for name, reason in run.refused.items()},
+        fallback=report.fallback,
+    )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    settings = ", ".join(f"{name}={value}" for name, value in row.settings.items())
+    return (
+        row.layer,
+        row.phase,
+        row.heads if isinstance(row.heads, str) else ",".join(map(str, row.heads)),
+        f"{row.mechanism}({settings})" if settings else row.mechanism,
+        row.engine if row.ran else "not yet",
+        "" if row.density is None else f"{row.density:.3f}",
+        f"{row.select_seconds * 1e3:.1f}" if row.select_seconds else "",
+        f"{row.queries} x {row.keys}" if row.ran else "",
+        "" if row.fallback is None else row.fallback,
+    )

@@ -1,0 +1,194 @@
+"""One layer's heads on their mechanisms: which heads run what, and what happens where a mechanism cannot run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from saccade.catalog import get
+from saccade.mechanisms.base import Kind, Selector, require_pattern
+from saccade.ops import RunRecord, attend, block_attend, gather_attend, recording
+from saccade.ops.dispatch import record
+from saccade.plug.masks import Reading
+from saccade.plug.recipe import DENSE, Choice
+from saccade.plug.strict_json import RecipeError
+from saccade.types import BlockLayout
+
+KINDS = (Kind.SELECTOR, Kind.SCORE, Kind.INTERVENTION)
+"""Kinds of mechanism that can stand in for a pretrained layer's attention."""
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a model adds to plain softmax attention.
+
+    Args:
+        scale: Factor on q k^T; None means D^-0.5.
+        softcap: Scores become softcap * tanh(score / softcap).
+        sinks: `[H]`, a logit per head beside those of the keys.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Route:
+    """Some heads and the mechanism they use.
+
+    Args:
+        choice: As in the recipe.
+        mechanism: The mechanism built from it, or None for dense attention.
+        heads: Query heads, or None for all.
+        kv_heads: Key/value heads for these, in order: as many as the query heads or a divisor; None for all.
+    """
+
+    choice: Choice
+    mechanism: Any | None
+    heads: tuple[int, ...] | None = None
+    kv_heads: tuple[int, ...] | None = None
+
+
+@dataclass
+class HeadsReport:
+    """What some heads of a layer did in one call.
+
+    Args:
+        heads: "all", or query heads.
+        mechanism: Name in the recipe.
+        fallback: Why dense attention ran instead, or None if the mechanism ran.
+        runs: Engine calls; empty if the model's former attention ran.
+    """
+
+    heads: Literal["all"] | tuple[int, ...]
+    mechanism: str
+    fallback: str | None = None
+    runs: list[RunRecord] = field(default_factory=list)
+
+
+def build_route(choice: Choice, heads: int | None, kv_heads: int | None) -> Route:
+    """The route of a choice, in a layer with these numbers of query and key/value heads.
+
+    Raises:
+        ValueError: If the mechanism or a setting is unknown or out of range, or the mechanism is not of a kind that can
+            stand in for a pretrained layer's attention.
+    """
+    mechanism = None
+    if choice.mechanism != DENSE:
+        card = get(choice.mechanism)
+        if card.kind not in KINDS:
+            raise RecipeError(
+                f"mechanism={card.name!r} is of kind {card.kind}: expected one of {', '.join(KINDS)} in a recipe"
+            )
+        # `Card.build` without settings gives the card's example, a recipe without settings means the defaults.
+        mechanism = card.build(**choice.settings) if choice.settings else card.target()
+    if choice.heads == "all":
+        return Route(choice, mechanism)
+    if heads is None or kv_heads is None:
+        raise RecipeError(f"heads={choice.heads}: the model's config does not say how many heads a layer has")
+    chosen = tuple(choice.heads)
+    if chosen == tuple(range(heads)):
+        return Route(choice, mechanism)
+    reads = [head // (heads // kv_heads) for head in chosen]
+    distinct = sorted(set(reads))
+    even = len({reads.count(head) for head in distinct}) == 1
+    return Route(choice, mechanism, chosen, tuple(distinct if even else reads))
+
+
+def run_routes(
+    routes: tuple[Route, ...], q: Tensor, k: Tensor, v: Tensor, reading: Reading, extras: Extras, keep_records: bool
+) -> tuple[Tensor, list[HeadsReport]]:
+    """Attention of all heads, `[B, H, M, E]`, and what each group of heads did."""
+    outputs, reports, order = [], [], []
+    k, v = k[:, :, : reading.keys], v[:, :, : reading.keys]
+    for route in routes:
+        sinks = extras.sinks if extras.sinks is None else take(extras.sinks, route.heads, 0)
+        parts = take(q, route.heads, 1), take(k, route.kv_heads, 1), take(v, route.kv_heads, 1)
+        out, report = _run(route, *parts, reading, Extras(extras.scale, extras.softcap, sinks), keep_records)
+        outputs.append(out)
+        reports.append(report)
+        order += range(q.shape[1]) if route.heads is None else route.heads
+    if len(outputs) == 1:
+        return outputs[0], reports
+    places = torch.tensor(order, device=q.device).argsort()
+    return torch.cat(outputs, 1).index_select(1, places), reports
+
+
+def take(tensor: Tensor, indices: tuple[int, ...] | None, dim: int) -> Tensor:
+    """The given places of `dim`: a view where they are consecutive."""
+    if indices is None:
+        return tensor
+    if indices == tuple(range(indices[0], indices[-1] + 1)):
+        return tensor.narrow(dim, indices[0], len(indices))
+    return tensor.index_select(dim, torch.tensor(indices, device=tensor.device))
+
+
+def refusal(mechanism: Any, q: Tensor, k: Tensor, reading: Reading, extras: Extras) -> str | None:
+    """Why the mechanism cannot run here, or None."""
+    card, geometry = mechanism.card, reading.geometry
+    if reading.window is not None:
+        return f"the layer has a sliding window of {reading.window} tokens of its own"
+    if geometry.q_segments is not None and "segments" not in card.supports:
+        return f"{card.name} does not support padding and packed sequences"
+    if extras.softcap is not None or extras.sinks is not None:
+        what = "soft-capped scores" if extras.softcap is not None else "attention sinks"
+        if type(mechanism).__call__ is not Selector.__call__:
+            return f"{card.name} does not support the model's {what}"
+    if torch.is_grad_enabled() and q.requires_grad and "backward" not in card.supports:
+        return f"{card.name} has no backward"
+    try:
+        require_pattern(card, q, k, geometry)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _run(
+    route: Route, q: Tensor, k: Tensor, v: Tensor, reading: Reading, extras: Extras, keep_records: bool
+) -> tuple[Tensor, HeadsReport]:
+    """One group of heads; dense attention on the same pairs where its mechanism cannot run."""
+    report = HeadsReport(route.choice.heads, route.choice.mechanism)
+    if route.mechanism is not None:
+        report.fallback = refusal(route.mechanism, q, k, reading, extras)
+    if not keep_records or torch.compiler.is_compiling():
+        return _attention(route, q, k, v, reading, extras, report), report
+    with recording() as runs:
+        out = _attention(route, q, k, v, reading, extras, report)
+    report.runs = runs
+    for entry in runs:
+        record(entry)
+    return out, report
+
+
+def _attention(
+    route: Route, q: Tensor, k: Tensor, v: Tensor, reading: Reading, extras: Extras, report: HeadsReport
+) -> Tensor:
+    if route.mechanism is not None and report.fallback is None:
+        try:
+            return _mechanism(route.mechanism, q, k, v, reading, extras)
+        except ValueError as error:
+            # A mechanism may find only now that these lengths or shapes are not for it.
+            report.fallback = str(error)
+    geometry, window = reading.geometry, reading.window
+    return attend(
+        q, k, v, causal=geometry.causal, window=None if window is None else (window - 1, 0),
+        q_segments=geometry.q_segments, kv_segments=geometry.kv_segments, softcap=extras.softcap, sinks=extras.sinks,
+        scale=extras.scale,
+    )  # fmt: skip
+
+
+def _mechanism(mechanism: Any, q: Tensor, k: Tensor, v: Tensor, reading: Reading, extras: Extras) -> Tensor:
+    if "gqa" not in mechanism.card.supports and k.shape[1] != q.shape[1]:
+        shared = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    if extras.softcap is None and extras.sinks is None:
+        out: Tensor = mechanism(q, k, v, geometry=reading.geometry, scale=extras.scale)
+        return out
+    chosen = mechanism.pattern(q.detach(), k.detach(), reading.geometry)
+    engine: Any = block_attend if isinstance(chosen, BlockLayout) else gather_attend
+    out = engine(q, k, v, chosen, softcap=extras.softcap, sinks=extras.sinks, scale=extras.scale)
+    return out
