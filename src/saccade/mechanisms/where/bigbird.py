@@ -111,7 +111,7 @@ class BigBird(Selector):
         head = torch.arange(heads, device=row.device)[:, None]
         for draw in range(min(self.random, int(free.max()) if len(row) else 0)):
             left = free - draw
-            rank = _hash(_hash(_hash(_hash(head + self.seed * 8191) + row)) + draw) % left.clamp(min=1)
+            rank = _hash(_hash(_hash(head + self.seed * 8191) + row) + draw) % left.clamp(min=1)
             # The rank counts blocks not yet chosen; each chosen one at or below it moves it up by one.
             earlier = chosen.sort(-1).values
             taken = earlier - torch.arange(draw, device=row.device) <= rank[..., None]
