@@ -88,7 +88,9 @@ def explain(model: nn.Module) -> Explanation:
     """What the recipe applied to `model` installed, and what ran last, per layer, phase and group of heads."""
     states: list[LayerState] = [module.__dict__[STATE] for module in model.modules() if STATE in module.__dict__]
     rows = tuple(row for state in states for phase in PHASES for row in _rows(state, phase))
-    former = states[0].former_name if states else str(getattr(getattr(model, "config", None), "_attn_implementation", None))
+    former = (
+        states[0].former_name if states else str(getattr(getattr(model, "config", None), "_attn_implementation", None))
+    )
     return Explanation(type(model).__name__, bool(states), former, rows)
 
 

@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirection
 from saccade.types import Geometry
 
 
-class Unreadable(Exception):  # noqa: N818
+class UnreadableMaskError(Exception):
     """A mask that causality, window and segments cannot express; the message says why."""
 
 
@@ -50,14 +50,28 @@ class Reading:
 class MaskPlan:
     """Stands for the mask of one forward pass; all layers that share the mask share the plan.
 
+    With a compileable cache, `generate` builds masks ahead and passes them where a model expects a tensor of 4
+    dimensions; `ndim`, `shape` and `contiguous` are what transformers asks of it on that way.
+
     Args:
         arguments: What transformers called the mask builder with.
     """
 
+    ndim = 4
+
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
         self._former: dict[str, Any] = {}
-        self._reading: Reading | Unreadable | None = None
+        self._reading: Reading | UnreadableMaskError | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The shape of the mask it stands for, `[B, 1, M, N]`."""
+        return self.arguments["batch_size"], 1, _queries(self.arguments)[0], self.arguments["kv_length"]
+
+    def contiguous(self) -> MaskPlan:
+        """Itself."""
+        return self
 
     def former(self, implementation: str) -> Any:
         """The mask that the model's former implementation would have got; built on first use."""
@@ -71,34 +85,39 @@ class MaskPlan:
         """Causality, window and segments, on `device`.
 
         Raises:
-            Unreadable: If these cannot express the mask.
+            UnreadableMaskError: If these cannot express the mask.
         """
         if self._reading is None:
             try:
                 self._reading = _read(self.arguments)
-            except Unreadable as reason:
+            except UnreadableMaskError as reason:
                 self._reading = reason
-        if isinstance(self._reading, Unreadable):
+        if isinstance(self._reading, UnreadableMaskError):
             raise self._reading
         return self._reading.to(device)
 
 
 def build_plan(**arguments: Any) -> MaskPlan:
     """The mask builder that is registered with transformers."""
-    return MaskPlan(arguments)
+    given = arguments.get("attention_mask")
+    if isinstance(given, MaskPlan):
+        return given
+    # A static cache counts its tokens in place, and the plan is read only after it has grown.
+    held = {name: value.clone() for name, value in arguments.items() if name == "q_offset" and torch.is_tensor(value)}
+    return MaskPlan(arguments | held)
 
 
 def read_bare(mask: Any, is_causal: bool, queries: int, keys: int) -> Reading:
     """What a mask means that did not come from Saccade's builder.
 
     Raises:
-        Unreadable: If it is a tensor of the caller's own, or None with an alignment that is not bottom-right.
+        UnreadableMaskError: If it is a tensor of the caller's own, or None with an alignment that is not bottom-right.
     """
     if mask is not None:
-        raise Unreadable(f"a mask of the caller's own, {type(mask).__name__} of shape {tuple(mask.shape)}")
+        raise UnreadableMaskError(f"a mask of the caller's own, {type(mask).__name__} of shape {tuple(mask.shape)}")
     causal = is_causal and queries > 1
     if causal and queries != keys:
-        raise Unreadable(f"causal without a mask, with {queries} queries and {keys} keys: aligned top-left")
+        raise UnreadableMaskError(f"causal without a mask, with {queries} queries and {keys} keys: aligned top-left")
     return Reading(Geometry(causal=causal), keys)
 
 
@@ -137,7 +156,7 @@ def _collect(function: Callable[..., Any], parts: _Parts, inside_packed: bool = 
         case "remap_positions_for_packed_sequence", {"mask_function": inner}:
             _collect(inner, parts, inside_packed=True)
         case _:
-            raise Unreadable(f"the model's mask has a part that Saccade does not know: {name}")
+            raise UnreadableMaskError(f"the model's mask has a part that Saccade does not know: {name}")
 
 
 def _read(arguments: dict[str, Any]) -> Reading:
@@ -149,11 +168,11 @@ def _read(arguments: dict[str, Any]) -> Reading:
         # Keys after the last query hold no tokens yet.
         keys = min(first - kv_offset + queries, keys)
         if first < kv_offset or keys != first - kv_offset + queries:
-            raise Unreadable(
+            raise UnreadableMaskError(
                 f"queries {first} to {first + queries} do not end where the keys do, at {kv_offset + keys}"
             )
     elif parts.window is not None or parts.chunk is not None or parts.packed is not None:
-        raise Unreadable("a window, chunk or packing without causality")
+        raise UnreadableMaskError("a window, chunk or packing without causality")
     q_segments, kv_segments = _segments(arguments, parts, queries, first, keys)
     window = parts.window if parts.window is not None and parts.window < keys else None
     return Reading(Geometry(causal=parts.causal, q_segments=q_segments, kv_segments=kv_segments), keys, window)

@@ -96,9 +96,9 @@ class Recipe:
         """
         chosen = (Choice("all", mechanism, settings if settings is not None else {}),)
         layer = LayerRecipe(chosen, chosen if decode else (Choice("all", DENSE),))
-        return cls(
-            fingerprint(model), dict.fromkeys(attention_layers(model), layer), about if about is not None else {}
-        )
+        text = model.config.get_text_config()
+        names = [name for name, module in attention_layers(model).items() if module.config is text]
+        return cls(fingerprint(model), dict.fromkeys(names, layer), {} if about is None else about)
 
     def to_json(self) -> str:
         """The recipe as JSON; `from_json` gives back an equal one.

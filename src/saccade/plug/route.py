@@ -103,7 +103,9 @@ def run_routes(
     routes: tuple[Route, ...], q: Tensor, k: Tensor, v: Tensor, reading: Reading, extras: Extras, keep_records: bool
 ) -> tuple[Tensor, list[HeadsReport]]:
     """Attention of all heads, `[B, H, M, E]`, and what each group of heads did."""
-    outputs, reports, order = [], [], []
+    outputs: list[Tensor] = []
+    reports: list[HeadsReport] = []
+    order: list[int] = []
     k, v = k[:, :, : reading.keys], v[:, :, : reading.keys]
     for route in routes:
         sinks = extras.sinks if extras.sinks is None else take(extras.sinks, route.heads, 0)

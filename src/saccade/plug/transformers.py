@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from saccade.plug.fingerprint import fingerprint
 from saccade.plug.layers import INTERFACE, attention_layers, forward_globals
-from saccade.plug.masks import MaskPlan, Reading, Unreadable, build_plan, read_bare
+from saccade.plug.masks import MaskPlan, Reading, UnreadableMaskError, build_plan, read_bare
 from saccade.plug.recipe import PHASES, LayerRecipe, Recipe, cover
 from saccade.plug.route import Extras, HeadsReport, Route, build_route, refusal, run_routes
 from saccade.plug.strict_json import RecipeError
@@ -145,7 +145,7 @@ def patchable_layers(model: nn.Module) -> dict[str, Any]:
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model of type {type(model).__name__}: expected a transformers PreTrainedModel")
-    layers = attention_layers(model)
+    layers: dict[str, Any] = dict(attention_layers(model))
     kind = type(model).__name__
     if not layers:
         raise ValueError(f"model of type {kind}: its attention does not call transformers' attention interface")
@@ -234,7 +234,7 @@ def _read(
             is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
             return read_bare(mask, bool(is_causal), query.shape[2], key.shape[2]), None
         reading = mask.read(query.device)
-    except Unreadable as reason:
+    except UnreadableMaskError as reason:
         return None, str(reason)
     if reading.keys > key.shape[2] or mask.arguments["kv_length"] != key.shape[2]:
         return None, f"the layer holds {key.shape[2]} keys, its mask is for {mask.arguments['kv_length']}"
