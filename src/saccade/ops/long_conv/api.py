@@ -46,13 +46,10 @@ def long_conv(
     _check(x, kernel, causal, skip)
     implementation, refused = choose("long_conv", IMPLEMENTATIONS, impl, {"x": x, "kernel": kernel})
     record(RunRecord("long_conv", implementation.name, refused))
-    if x.numel() == 0:
-        return x * kernel.sum()
+    offsets = tuple(0 if causal else (taps - 1) // 2 for taps in kernel.shape[1:])
     if causal:
-        offsets, reachable = (0,), kernel[:, : x.shape[2]]
-    else:
-        offsets, reachable = tuple((taps - 1) // 2 for taps in kernel.shape[1:]), kernel
-    out = implementation.run(x, reachable, offsets)
+        kernel = kernel[:, : max(x.shape[2], 1)]
+    out = implementation.run(x, kernel, offsets)
     if skip is not None:
         out = out + x * skip.view(-1, *([1] * (x.ndim - 2)))
     return out

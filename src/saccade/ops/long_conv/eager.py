@@ -50,12 +50,14 @@ def _axes(lengths: Sequence[int]) -> list[int]:
 
 @torch.library.custom_op("saccade::long_conv", mutates_args=())
 def fft_conv(x: Tensor, kernel: Tensor, offsets: Sequence[int]) -> Tensor:
-    """y_i = sum_j kernel_j x_{i + offset - j} in x's dtype, x being 0 outside; x `[B, C, *grid]`, kernel `[C, *taps]`."""
+    """y_i = sum_j kernel_j x_{i + offset - j}, in x's dtype, 0 outside; x `[B, C, *grid]`, kernel `[C, *taps]`."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
     dtype, lengths = accumulation_dtype(x.dtype), _lengths(x, kernel)
     spectrum = torch.fft.rfftn(x.to(dtype), lengths, _axes(lengths))
     spectrum = spectrum * torch.fft.rfftn(kernel.to(dtype), lengths, _axes(lengths))
     full = torch.fft.irfftn(spectrum, lengths, _axes(lengths))
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return out.copy_(_crop(full, offsets, x.shape[2:]))
 
 
@@ -67,6 +69,8 @@ def _(x, kernel, offsets):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN2
 @torch.library.custom_op("saccade::long_conv_backward", mutates_args=())
 def fft_conv_backward(x: Tensor, kernel: Tensor, offsets: Sequence[int], dout: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and kernel: correlations of `dout` with the other one."""
+    if x.numel() == 0:
+        return torch.empty_like(x), torch.zeros_like(kernel)
     dtype, lengths = accumulation_dtype(x.dtype), _lengths(x, kernel)
     zeros, axes = [0] * len(lengths), _axes(lengths)
     spectrum = torch.fft.rfftn(_place(dout.to(dtype), lengths, offsets), lengths, axes)

@@ -15,10 +15,10 @@ def reference_long_conv(x: Tensor, kernel: Tensor, offsets: tuple[int, ...]) -> 
     pad = [side for size in reversed(taps) for side in (size, size)]
     padded = torch.nn.functional.pad(x.to(dtype), pad)
     out = x.new_zeros(x.shape, dtype=dtype)
-    for tap in product(*map(range, taps)):
+    for index, tap in enumerate(product(*map(range, taps))):
         shifted = padded
         for axis, (j, offset, size, reach) in enumerate(zip(tap, offsets, grid, taps, strict=True)):
             shifted = shifted.narrow(2 + axis, reach + offset - j, size)
-        weight = kernel[(slice(None), *tap)].to(dtype)
+        weight = kernel.flatten(1)[:, index].to(dtype)
         out = out + shifted * weight.view(-1, *([1] * len(grid)))
     return out.to(x.dtype)

@@ -1,14 +1,14 @@
-"""`scan`: linear attention and gated recurrences. `linear_mix`: the same without time. `diagonal_scan`: state spaces."""
+"""`scan`: linear attention and gated recurrences; `linear_mix`: without time; `diagonal_scan`: state spaces."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from saccade.ops.checks import accumulation_dtype, check_qkv
+from saccade.ops.checks import accumulation_dtype, check_qkv, resolve_scale
 from saccade.ops.dispatch import Implementation, RunRecord, choose, record
 from saccade.ops.scan.eager import scan_chunk, scan_step
 from saccade.ops.scan.reference import reference_scan
@@ -25,33 +25,23 @@ class ScanState(NamedTuple):
     z: Tensor | None = None
 
 
-def _run_chunk(*inputs: Any, chunk: int) -> tuple[Tensor, Tensor]:
-    q, k, v, log_decay, beta, state, scale = inputs
-    return scan_chunk(q, k, v, log_decay, beta, state, scale, chunk)
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor, float]
+FORMS = ("chunk", "step", "parallel")
 
 
-def _run_parallel(*inputs: Any, chunk: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    return _run_chunk(*inputs, chunk=max(inputs[1].shape[2], 1))
+def _run_eager(inputs: Inputs, chunk: int, form: str) -> tuple[Tensor, Tensor]:
+    if form == "step":
+        return scan_step(*inputs)
+    return scan_chunk(*inputs, max(inputs[1].shape[2], 1) if form == "parallel" else chunk)
 
 
-def _run_step(*inputs: Any, chunk: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    return scan_step(*inputs)
-
-
-def _run_reference(*inputs: Any, chunk: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def _run_reference(inputs: Inputs, chunk: int, form: str) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     return reference_scan(*inputs)
-
-
-FORMS = {"chunk": _run_chunk, "step": _run_step, "parallel": _run_parallel}
-
-
-def _run_eager(*inputs: Any, chunk: int, form: str) -> tuple[Tensor, Tensor]:
-    return FORMS[form](*inputs, chunk=chunk)
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "eager": Implementation("eager", _run_eager),
-    "reference": Implementation("reference", lambda *inputs, chunk, form: _run_reference(*inputs, chunk=chunk)),  # noqa: ARG005
+    "reference": Implementation("reference", _run_reference),
 }
 
 
@@ -63,7 +53,7 @@ def scan(
     log_decay: Tensor | None = None,
     beta: Tensor | None = None,
     normalise: bool = False,
-    scale: float = 1.0,
+    scale: float | None = None,
     initial_state: ScanState | tuple[Tensor, Tensor | None] | None = None,
     chunk: int = 64,
     form: str = "auto",
@@ -71,8 +61,9 @@ def scan(
 ) -> tuple[Tensor, ScanState]:
     """Causal linear recurrence: S_t = a_t S_{t-1} + k_t v_t^T, out_t = scale * S_t^T q_t.
 
-    With `beta` it is the (gated) delta rule, S_t = (I - beta_t k_t k_t^T) a_t S_{t-1} + beta_t k_t v_t^T. Cost is linear
-    in N. No feature map is applied: pass phi(q) and phi(k). Current keys are not decayed: out_t holds k_t v_t^T in full.
+    With `beta` it is the (gated) delta rule, S_t = (I - beta_t k_t k_t^T) a_t S_{t-1} + beta_t k_t v_t^T (a decay per
+    channel is a diagonal a_t in this place). Cost is linear in N. No feature map is applied: pass phi(q) and phi(k).
+    The current key is not decayed: out_t holds k_t v_t^T in full.
 
     Args:
         q: `[B, H, N, D]`.
@@ -86,12 +77,12 @@ def scan(
             they are: for a contraction 0 <= beta |k|^2 <= 2.
         normalise: Divide by q_t . z_t, z_t the equally decayed sum of keys (`scale` then cancels); rows where that is 0
             give 0. Not defined with `beta`.
-        scale: Factor on the outputs. Unlike softmax attention's, its default is 1, linear attention's usual.
+        scale: Factor on the outputs; None means D^-0.5, as in every engine (papers without a factor need 1.0).
         initial_state: What an earlier call returned, to continue its sequence; None means 0.
         chunk: Tokens per chunk of the chunked form: work and memory are N * chunk + (N / chunk) * D * E.
-        form: "chunk"; "step", the recurrence for N = 1 (decoding); "parallel", one chunk of N tokens, quadratic; "auto",
-            "step" for one token and "chunk" for more. All give the same.
-        impl: "auto", "eager" or "reference" (token by token).
+        form: "chunk"; "step", the recurrence for N = 1 (decoding); "parallel", one chunk of N tokens, quadratic;
+            "auto", "step" for one token and "chunk" for more. All give the same.
+        impl: "auto", "eager" or "reference" (token by token, whatever `form` and `chunk`).
 
     Returns:
         `out` `[B, H, N, E]` in q's dtype and the `ScanState` after the last token.
@@ -113,8 +104,8 @@ def scan(
     if normalise:
         values = torch.cat([values, torch.ones_like(values[..., :1])], -1)
     grouped = q.unflatten(1, (states, q.shape[1] // states))
-    factor = 1.0 if normalise else float(scale)
-    out, state = implementation.run(grouped, keys, values, decay, beta, state, factor, chunk=chunk, form=form)
+    factor = 1.0 if normalise else resolve_scale(scale, q.shape[3])
+    out, state = implementation.run((grouped, keys, values, decay, beta, state, factor), chunk, form)
     record(RunRecord("scan", implementation.name, refused))
     out = out.flatten(1, 2)
     if not normalise:
@@ -122,7 +113,7 @@ def scan(
     return _divide(out[..., :-1], out[..., -1:]), ScanState(state[..., :-1], state[..., -1])
 
 
-def linear_mix(q: Tensor, k: Tensor, v: Tensor, *, normalise: bool = True, scale: float = 1.0) -> Tensor:
+def linear_mix(q: Tensor, k: Tensor, v: Tensor, *, normalise: bool = True, scale: float | None = None) -> Tensor:
     """Linear attention without causality: scale * q (k^T v), or q (k^T v) / (q . sum of k) with `normalise`.
 
     Args:
@@ -130,7 +121,7 @@ def linear_mix(q: Tensor, k: Tensor, v: Tensor, *, normalise: bool = True, scale
         k: Feature-mapped keys `[B, G, N, D]`.
         v: `[B, G, N, E]`.
         normalise: Divide by q . (sum of k), so that `scale` cancels; rows where that is 0 give 0.
-        scale: Factor on the outputs.
+        scale: Factor on the outputs; None means D^-0.5.
 
     Returns:
         `[B, H, M, E]` in q's dtype.
@@ -145,7 +136,7 @@ def linear_mix(q: Tensor, k: Tensor, v: Tensor, *, normalise: bool = True, scale
         queries = q.to(dtype).unflatten(1, (k.shape[1], -1))
         out = queries @ (keys.mT @ v.to(dtype)).unsqueeze(2)
         if not normalise:
-            return (out * scale).flatten(1, 2).to(q.dtype)
+            return (out * resolve_scale(scale, q.shape[3])).flatten(1, 2).to(q.dtype)
         return _divide(out, queries @ keys.sum(2)[:, :, None, :, None]).flatten(1, 2).to(q.dtype)
 
 
@@ -188,7 +179,7 @@ def diagonal_scan(
         spread.append(x if x.ndim == 4 else x[:, None].expand(u.shape[0], -1, u.shape[2], -1))
     state = None if initial_state is None else ScanState(initial_state[..., None])
     out, state = scan(
-        spread[1], spread[0], u[..., None], log_decay=log_decay, initial_state=state, chunk=chunk, impl=impl
+        spread[1], spread[0], u[..., None], log_decay=log_decay, scale=1.0, initial_state=state, chunk=chunk, impl=impl
     )
     return out[..., 0], state.s[..., 0]
 

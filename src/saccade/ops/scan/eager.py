@@ -1,13 +1,14 @@
 """Chunked scan in portable PyTorch, forward and hand-written backward, as `torch.library` ops.
 
-With u_t = v_t, or beta_t (v_t - S_{t-1}^T (a_t k_t)) under the delta rule, every recurrence is S_t = a_t S_{t-1} + k_t u_t^T.
-Inside a chunk that starts from state S, with c the inclusive cumulative log decay and P the decayed products of `pairs`:
+With u_t = v_t, or beta_t (v_t - S_{t-1}^T (a_t k_t)) under the delta rule, every recurrence is
+S_t = a_t S_{t-1} + k_t u_t^T. Inside a chunk of L tokens that starts from state S, with c the inclusive cumulative log
+decay and P the decayed products of `pairs`:
 
     out = P(q, k) u + (q e^c) S          u = v,   or   (I + beta tril(P(k, k), -1)) u = beta (v - (k e^c) S)
     S'  = e^{c_L} S + (k e^{c_L - c})^T u
 
-Everything is a batched matmul over all chunks, except the recurrence of the D x E states from chunk to chunk. The backward
-pass recomputes the forward one, so that no state is kept between them. Memory is linear in N.
+Everything is a batched matmul over all chunks, except the recurrence of the D x E states from chunk to chunk. The
+backward pass recomputes the forward one, so that no state is kept between them. Memory is linear in N.
 
 Shapes: q `[B, S, R, N, D]`, k `[B, S, N, D]`, v `[B, S, N, E]`, decay `[B or 1, S, N or 1, D or 1]`, beta `[B, S, N]`,
 state `[B, S, D, E]`: S states, R query heads read each.
@@ -153,9 +154,12 @@ def _reverse(part: _Part, solved: _Solved, dout: Tensor, dstate: Tensor) -> tupl
 
 
 def _gradients(
-    part: _Part, solved: _Solved, adjoint: _Adjoint, dout: Tensor, after: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of the scaled queries `[B, S, n, R, L, D]`, k, v, log decay per token and channel, and beta."""
+    part: _Part, solved: _Solved, adjoint: _Adjoint, dout: Tensor, after: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of the scaled queries `[B, S, n, R, L, D]`, k, v, log decay per token and channel, and beta.
+
+    `after` `[B, S, n, D, E]` are the states after each chunk, None if the decay's gradient is not wanted.
+    """
     sets, from_start = dout.shape[3], part.from_start()
     dv, dbeta, douts = adjoint.du, None, dout
     if part.beta is not None:
@@ -170,9 +174,11 @@ def _gradients(
     dgroups = dgroups.addcmul_(unfold(fold(douts) @ solved.starts.mT, douts.shape[3]), from_start.unsqueeze(3))
     dkeys = dkeys.addcmul_(solved.u @ adjoint.ends.mT, part.to_end())
     # A product a_i k_j exp(c_i - c_j) gives c_i what it gives log a_i and takes from c_j what it gives log k_j.
-    dcumulative = (part.groups * dgroups).sum(3) - part.k * dkeys
-    dcumulative[..., -1, :] += (adjoint.ends * after).sum(-1)
-    dlog_decay = dcumulative.flip(3).cumsum(3).flip(3)
+    dlog_decay = None
+    if after is not None:
+        dcumulative = (part.groups * dgroups).sum(3) - part.k * dkeys
+        dcumulative[..., -1, :] += (adjoint.ends * after).sum(-1)
+        dlog_decay = dcumulative.flip(3).cumsum(3).flip(3)
     if part.beta is not None:
         dkeys = dkeys + dgroups[:, :, :, sets]
     return dgroups[:, :, :, :sets], dkeys, dv, dlog_decay, dbeta
@@ -202,9 +208,12 @@ def _(q, k, v, log_decay, beta, state, scale, chunk):  # type: ignore[no-untyped
 @torch.library.custom_op("saccade::scan_chunk_backward", mutates_args=())
 def scan_chunk_backward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor, scale: float,
-    chunk: int, dout: Tensor, dstate: Tensor,
+    chunk: int, decay_gradient: bool, dout: Tensor, dstate: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, log_decay, beta and state; those of an absent log_decay or beta have no elements."""
+    """Gradients of q, k, v, log_decay, beta and state; of an absent log_decay or beta, without elements.
+
+    That of log_decay is 0 unless `decay_gradient`.
+    """
     dtype = accumulation_dtype(q.dtype)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dlog_decay = k.new_zeros(0) if log_decay is None else log_decay.new_zeros(log_decay.shape)
@@ -220,12 +229,12 @@ def scan_chunk_backward(
             solved, after = _solve(part, before)
             cut = dout[:, :, :, span[0] : span[1]].to(dtype).unflatten(3, (-1, span[2])).transpose(2, 3)
             adjoint, dstate = _reverse(part, solved, cut, dstate)
-            afters = torch.cat([solved.starts[:, :, 1:], after.unsqueeze(2)], 2)
+            afters = torch.cat([solved.starts[:, :, 1:], after.unsqueeze(2)], 2) if decay_gradient else None
             grads = _gradients(part, solved, adjoint, cut, afters)
             dq[:, :, :, span[0] : span[1]] = grads[0].transpose(2, 3).flatten(3, 4) * scale
             dk[:, :, span[0] : span[1]] = grads[1].flatten(2, 3)
             dv[:, :, span[0] : span[1]] = grads[2].flatten(2, 3)
-            if log_decay is not None:
+            if log_decay is not None and grads[3] is not None:
                 into = dlog_decay if log_decay.shape[2] == 1 else dlog_decay[:, :, span[0] : span[1]]
                 into += grads[3].flatten(2, 3).sum_to_size(into.shape).to(into.dtype)
             if grads[4] is not None:
@@ -234,7 +243,7 @@ def scan_chunk_backward(
 
 
 @scan_chunk_backward.register_fake
-def _(q, k, v, log_decay, beta, state, scale, chunk, dout, dstate):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, ARG001
+def _(q, k, v, log_decay, beta, state, scale, chunk, decay_gradient, dout, dstate):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, ARG001
     dlog_decay = k.new_empty(0) if log_decay is None else log_decay.new_empty(log_decay.shape)
     dbeta = k.new_empty(0) if beta is None else beta.new_empty(beta.shape)
     dq, dk, dv, dstart = (x.new_empty(x.shape) for x in (q, k, v, state))
@@ -248,7 +257,8 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]  # noqa: ANN001
 
 def _backward(ctx, dout, dstate):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     q, k, v, log_decay, beta, state = ctx.saved_tensors
-    grads = scan_chunk_backward(q, k, v, log_decay, beta, state, ctx.scale, ctx.chunk, dout, dstate)
+    wanted = log_decay is not None and ctx.needs_input_grad[3]
+    grads = scan_chunk_backward(q, k, v, log_decay, beta, state, ctx.scale, ctx.chunk, wanted, dout, dstate)
     given = (True, True, True, log_decay is not None, beta is not None, True)
     return (*(grad if there else None for grad, there in zip(grads, given, strict=True)), None, None)
 

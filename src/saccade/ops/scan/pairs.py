@@ -1,8 +1,8 @@
 """Decayed products inside a chunk: P_ij = sum_d a_id k_jd exp(c_id - c_jd) for j <= i, and their gradients.
 
-`c` is the inclusive cumulative log decay. Every exponent that is taken is <= 0 for decays in (0, 1], so nothing overflows:
-a scalar decay is applied to the finished product; a per-channel one is split at the middle of ever smaller blocks, right
-half relative to the middle and left half relative to it.
+`c` is the inclusive cumulative log decay. Every exponent that is taken is <= 0 for decays in (0, 1], so nothing
+overflows: a scalar decay is applied to the finished product; a per-channel one is split at the middle of ever smaller
+blocks, queries of the right half and keys of the left half being scaled relative to it.
 
 Shapes: `groups` `[B, S, n, R, L, D]` are R sets of queries that share the keys `k` `[B, S, n, L, D]` of n chunks of L
 tokens; `cumulative` `[B or 1, S, n or 1, L, D or 1]`; products `[B, S, n, R, L, L]`.
@@ -56,7 +56,7 @@ def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
 
 
 def _corners(products: Tensor, half: int) -> Tensor:
-    """View `[..., half, half, blocks]` of `products` `[..., L, L]`: right-half rows, left-half columns of each block."""
+    """View `[..., half, half, blocks]` of `products` `[..., L, L]`: each block's right-half rows, left-half columns."""
     blocks = products.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half))
     return blocks[..., :, 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2)
 
@@ -72,7 +72,7 @@ def _pad_to_power(x: Tensor, *, repeat: bool = False) -> Tensor:
 
 
 def _levels(cumulative: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For each half size: decay from the middle to the right-half tokens, and from the left-half tokens to the middle."""
+    """For each half size: decay from the middle to the right half's tokens, and from the left half's to the middle."""
     half = 1
     while half < cumulative.shape[-2]:
         left, right = _halves(cumulative, half)

@@ -1,4 +1,4 @@
-"""Oracle of `scan`: the recurrence, one token after the other, in plain differentiable PyTorch. Imports nothing fast."""
+"""Oracle of `scan`: the recurrence, token after token, in plain differentiable PyTorch. Imports nothing fast."""
 
 from __future__ import annotations
 
