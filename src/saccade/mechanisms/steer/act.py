@@ -49,8 +49,8 @@ class ACT(Intervention):
     """Sinks are the keys other than the first whose mean weight, over the queries that see them, exceeds alpha / N.
 
     In every row a sink's weight w becomes beta w; what this frees is shared among the other keys, the first included,
-    in proportion to their weights, so that rows still sum to 1. Calling the mechanism finds the sinks in a first pass over
-    the whole map, in bounded chunks of queries, at twice the work of the scores.
+    in proportion to their weights, so that rows still sum to 1. A call finds the sinks in a first pass over the
+    whole map, in bounded chunks of queries, at twice the work of the scores.
 
     Args:
         alpha: Threshold in units of the uniform weight 1 / N.
