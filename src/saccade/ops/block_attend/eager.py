@@ -133,9 +133,10 @@ def fused_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
         q.view(tiles, stack, -1, q.shape[2]), k[:, None].expand(-1, stack, -1, -1), v[:, None].expand(-1, stack, -1, -1),
         attn_mask=hidden[:, None], scale=scale,
     )  # fmt: skip
-    empty = ~mask.any(-1)
-    lse = lse.reshape(len(mask), -1, *empty.shape[1:]).masked_fill(empty[:, None], -torch.inf)
-    return out, lse
+    # Where a whole row is hidden the kernel says lse 0, and a NaN query is still NaN.
+    empty = ~mask.any(-1)[:, None]
+    lse = lse.reshape(len(mask), -1, rows // stack).masked_fill(empty, -torch.inf)
+    return out.reshape(len(mask), -1, rows // stack, v.shape[2]).masked_fill(empty[..., None], 0.0), lse
 
 
 def _put(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, piece: Piece) -> None:

@@ -94,11 +94,12 @@ def pieces(sharing: Sharing, tile_bytes: int, item_bytes: int, budget: int) -> I
         for part_rows, entries, first in _equal_parts(chosen, rows[chosen], total, longest):
             count = max(1, budget // (item_bytes + tile_bytes * entries.shape[1]))
             some_copies, some_rows = min(count, len(copies)), max(1, count // len(copies))
-            for row_chunk, entry_chunk in zip(part_rows.split(some_rows), entries.split(some_rows), strict=True):
-                for copy_chunk in copies.split(some_copies):
-                    query_blocks, start = sharing.places(row_chunk, copy_chunk)
-                    key_blocks = start[..., None] + layout.indices[entry_chunk].long()[:, None]
-                    yield Piece(entry_chunk, query_blocks, key_blocks, masked, merged or not first)
+            query_blocks, start = sharing.places(part_rows, copies)
+            key_blocks = start[..., None] + layout.indices[entries].long()[:, None]
+            for rows_of in zip(*(t.split(some_rows) for t in (entries, query_blocks, key_blocks)), strict=True):
+                for copy in range(0, len(copies), some_copies):
+                    both = (blocks[:, copy : copy + some_copies] for blocks in rows_of[1:])
+                    yield Piece(rows_of[0], *both, masked, merged or not first)
 
 
 def _classes(layout: BlockLayout, rows: Tensor) -> Iterator[tuple[Tensor, bool, bool]]:
