@@ -1,0 +1,54 @@
+"""What the block selectors share: pooled blocks, scores between them, and which blocks lie in the past."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.ops.checks import accumulation_dtype
+
+
+def mean_pool(x: Tensor, size: int) -> Tensor:
+    """Mean of every block of `size` tokens of `[B, H, N, D]`: `[B, H, ceil(N / size), D]`, at least fp32."""
+    x = x.to(accumulation_dtype(x.dtype))
+    tokens = x.shape[2]
+    if size == 1 or tokens == 0:
+        return x
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -tokens % size)) if tokens % size else x
+    means = padded.unflatten(2, (padded.shape[2] // size, size)).mean(3)
+    if tokens % size:
+        means[:, :, -1] = x[:, :, tokens - tokens % size :].mean(2)
+    return means
+
+
+def head_scores(q: Tensor, k: Tensor) -> Tensor:
+    """Scores q k^T per query head: `[B, H, Q, K]` from `[B, H, Q, D]` and `[B, G, K, D]`."""
+    shared = q.shape[1] // k.shape[1]
+    return (q.unflatten(1, (k.shape[1], shared)) @ k.transpose(-1, -2)[:, :, None]).flatten(1, 2)
+
+
+def block_visibility(
+    queries: int, keys: int, block: tuple[int, int], causal: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Which blocks may be scored, and which are kept without being scored.
+
+    Args:
+        queries: M.
+        keys: N.
+        block: `(block_q, block_k)` in tokens.
+        causal: Bottom-right aligned causality.
+        device: Of the result.
+
+    Returns:
+        Bool `(past, edge)`, `[query_blocks, key_blocks]` each. A block is `past` if it ends before the first query of
+        its row (all are when not causal), and `edge` if it does not but some query of the row sees some of it.
+    """
+    first = torch.arange(0, queries, block[0], device=device)[:, None]
+    last = (first + block[0]).clamp(max=queries) - 1
+    start = torch.arange(0, keys, block[1], device=device)
+    if not causal:
+        past = torch.ones(len(first), len(start), dtype=torch.bool, device=device)
+        return past, ~past
+    stop = (start + block[1]).clamp(max=keys) - 1
+    past = stop < first + keys - queries
+    return past, (start <= last + keys - queries) & ~past

@@ -1,0 +1,119 @@
+"""MoBA: each query attends to the chunks of keys whose mean it likes best, and to its own chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.catalog import register
+from saccade.mechanisms.base import Selector, require
+from saccade.mechanisms.where._blocks import block_visibility, head_scores, mean_pool
+from saccade.types import BlockLayout, Geometry, Kind, Pattern
+from saccade.types.bits import pack_bits, unpack_bits
+from saccade.types.layout import FULL
+
+
+def _ladder(n: int) -> tuple[dict[str, Any], ...]:
+    """Shared choices; at N = 8192 about 8, 15, 26 and 47 % of the causal area."""
+    chunk = min(max(n // 128, 1), 64)
+    return tuple(
+        {"chunk": chunk, "topk": max(2, round(n / chunk * kept)), "query_block": 2 * chunk}
+        for kept in (0.04, 0.08, 0.14, 0.27)
+    )
+
+
+@register(
+    "moba",
+    Kind.SELECTOR,
+    summary="Top-k chunks of keys by the inner product of the query and the chunk's mean key.",
+    papers=("MoBA: Mixture of Block Attention for Long-Context LLMs",),
+    year=2025,
+    code="MoonshotAI/MoBA",
+    patterns=frozenset({Pattern.CAUSAL_SELF}),
+    supports=frozenset({"backward", "gqa", "lse", "streaming"}),
+    training_free=True,
+    exact_when="topk >= N / chunk",
+    complexity="N^2",
+    deviations=(
+        (
+            "query_block > 1 (not in the paper, never the default) lets the queries of a block share one choice by "
+            "their mean gate: a query's choice then depends on later queries of its block. The chunks from that of "
+            "the block's first query on are kept and count as one of topk."
+        ),
+        (
+            "With query_block = 1 each query attends to the paper's choice exactly, but a block engine computes, for "
+            "each tile of queries, the union of what they chose, and masks: 1.6 to 1.8 times the pairs on SmolLM2."
+        ),
+    ),
+    example={"chunk": 8, "topk": 3, "tile": 16},
+    exact=lambda n: {"chunk": 16, "topk": -(-n // 16), "tile": 16},
+    ladder=_ladder,
+)
+@dataclass(frozen=True)
+class MoBA(Selector):
+    """Chunk c of keys has the gate s_c = q . mean(k_j for j in c).
+
+    A query attends to its own chunk (causally) and to the topk - 1 chunks of its past with the largest gates; chunks
+    that hold a later token are never scored. Chunks lie at fixed places, c = j // chunk.
+
+    Args:
+        chunk: Keys per chunk.
+        topk: Chunks a query attends to, its own included.
+        query_block: Queries that share one choice; 1 is the paper. Not tied to places in the sequence: block i holds
+            the queries i * query_block and on of the call.
+        tile: Queries per block of the layout when `query_block` is 1: changes the work, never the result.
+    """
+
+    chunk: int = 512
+    topk: int = 3
+    query_block: int = 1
+    tile: int = 64
+
+    def __post_init__(self) -> None:
+        require(self.chunk >= 1, "chunk", self.chunk, "at least 1 token")
+        require(self.topk >= 1, "topk", self.topk, "at least 1 chunk, the query's own")
+        require(self.query_block >= 1, "query_block", self.query_block, "at least 1 query")
+        require(self.tile >= 1, "tile", self.tile, "at least 1 query")
+
+    def select(self, q: Tensor, k: Tensor, geometry: Geometry) -> BlockLayout:
+        """Own chunk and the best of the past, per head and query (or block of queries)."""
+        queries, keys = q.shape[2], k.shape[2]
+        block = (self.query_block, self.chunk)
+        past, own = block_visibility(queries, keys, block, geometry.causal, q.device)
+        gates = head_scores(mean_pool(q, self.query_block), mean_pool(k, self.chunk))
+        best = gates.masked_fill(~past, -float("inf")).topk(min(self.topk - 1, past.shape[1]), -1).indices
+        chosen = torch.zeros_like(gates, dtype=torch.bool).scatter_(-1, best, value=True)
+        chosen = (chosen & past) | own
+        width = self._key_block()
+        columns = torch.arange(0, keys, width, device=q.device) // self.chunk  # chunk of each of the layout's columns
+        if self.query_block > 1:
+            return BlockLayout.from_block_mask(chosen[..., columns], self.query_block, width, queries, keys)
+        return self._tiled(chosen, columns, width, keys)
+
+    def _key_block(self) -> int:
+        """Width of the layout's key blocks: a divisor of the chunk from 16 to 64 tokens if there is one, else all."""
+        return next((w for w in range(min(64, self.chunk), 15, -1) if self.chunk % w == 0), self.chunk)
+
+    def _tiled(self, chosen: Tensor, columns: Tensor, width: int, keys: int) -> BlockLayout:
+        """The layout of each query's own choice, bool `[B, H, M, chunks]`: whole rows of a tile are masked."""
+        batch, heads, queries, chunks = chosen.shape
+        tiles = -(-queries // self.tile)
+        padded = torch.nn.functional.pad(chosen, (0, 0, 0, -queries % self.tile))
+        rows = padded.view(batch, heads, tiles, self.tile, chunks).transpose(-1, -2)
+        real = torch.arange(tiles * self.tile, device=chosen.device).view(tiles, 1, self.tile) < queries
+        some, every = rows.any(-1), (rows | ~real).all(-1)
+        partial = some & ~every
+        distinct, which = torch.unique(pack_bits(rows[partial][:, :, None]), dim=0, return_inverse=True)
+        kinds = torch.full(some.shape, FULL, device=chosen.device)
+        kinds[partial] = which
+        present = some[..., columns].flatten(0, 2)
+        return BlockLayout(
+            indptr=torch.nn.functional.pad(present.sum(1).cumsum(0), (1, 0)),
+            indices=present.nonzero()[:, 1].int(),
+            kinds=kinds[..., columns].flatten(0, 2)[present].int(),
+            bits=pack_bits(unpack_bits(distinct, (self.tile, 1)).expand(-1, -1, width)),
+            batch=batch, heads=heads, queries=queries, keys=keys, block=(self.tile, width),
+        )  # fmt: skip
