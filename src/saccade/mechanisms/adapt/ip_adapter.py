@@ -82,6 +82,9 @@ class IPAdapter(Layer):
             image_channels: C of the image tokens; None means that of the text.
             scale: Weight of the image.
 
+        Returns:
+            The adapted layer.
+
         Raises:
             ValueError: If the projections do not fit each other or `heads`.
         """

@@ -50,7 +50,11 @@ class KVStore:
         return self.keys.shape[3] * self.keys.element_size() + self.values.shape[3] * self.values.element_size()
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in the next tokens: k `[B, G, m, D]`, v `[B, G, m, E]`, copied.
+        """Take in the next tokens, copied.
+
+        Args:
+            k: `[B, G, m, D]`.
+            v: `[B, G, m, E]`.
 
         Returns:
             All keys and values now stored.
@@ -71,7 +75,10 @@ class KVStore:
         return joined["keys"], joined["values"]
 
     def add_attention(self, received: Tensor) -> None:
-        """Add `[B, G, n]` to `attention`.
+        """Add to `attention`.
+
+        Args:
+            received: `[B, G, n]`.
 
         Raises:
             ValueError: If attention is not tracked, or the shape is not that of the slots.
@@ -83,7 +90,10 @@ class KVStore:
         self.attention = self.attention + received.to(self.attention.dtype)
 
     def evict(self, keep: Tensor) -> None:
-        """Keep only the slots `keep`, int64 `[B, G, m]`, ascending within each head; the memory of the rest is freed.
+        """Keep only some slots; the memory of the others is freed.
+
+        Args:
+            keep: int64 `[B, G, m]`, slots in [0, n), ascending within each head.
 
         Raises:
             ValueError: If `keep` has the wrong shape or dtype, is not ascending, or a slot is out of range.

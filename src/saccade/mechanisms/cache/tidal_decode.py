@@ -68,6 +68,14 @@ class TidalDecode(CachePolicy):
     def read(self, q: Tensor, store: KVStore, step: Step) -> TokenIndex | None:
         """All in full and selection layers; elsewhere what the last selection layer picked.
 
+        Args:
+            q: `[B, H, M, D]`.
+            store: The layer's past, these tokens included.
+            step: Says which layer runs; a selection layer leaves its choice in `picked`.
+
+        Returns:
+            The slots to read, or None for all.
+
         Raises:
             ValueError: If no selection layer has run in this call, or its choice does not fit this layer's slots.
         """

@@ -55,7 +55,13 @@ class SimPool(Layer):
         self.to_k = nn.Linear(channels, channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Pool tokens `[B, N, C]` or a feature map `[B, C, *grid]` with a grid of two or more axes to `[B, C]`.
+        """Pool all tokens to one vector.
+
+        Args:
+            x: Tokens `[B, N, C]`, or a feature map `[B, C, *grid]` with two or more grid axes.
+
+        Returns:
+            `[B, C]`.
 
         Raises:
             ValueError: If the shape or the number of channels is wrong, or there are no tokens.

@@ -49,7 +49,15 @@ class PAB(OutputReuse):
         require(len(self.window) == 2 and self.window[0] <= self.window[1], "window", self.window, "(low, high)")
 
     def reuses(self, count: int, timestep: float, kind: str) -> bool:
-        """Whether the last output serves; `kind` is "spatial", "temporal" or "cross".
+        """Whether the last output serves.
+
+        Args:
+            count: Steps taken before this one.
+            timestep: Diffusion time, in the unit of `window`.
+            kind: "spatial", "temporal" or "cross".
+
+        Returns:
+            True if nothing need be computed.
 
         Raises:
             ValueError: If `kind` is another.

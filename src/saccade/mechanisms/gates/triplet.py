@@ -39,7 +39,13 @@ class Triplet(Layer):
         self.spatial = _gate(kernel) if spatial else None
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Gate a feature map `[B, C, height, width]`; same shape out.
+        """Gate a feature map.
+
+        Args:
+            x: `[B, C, height, width]`.
+
+        Returns:
+            The same shape.
 
         Raises:
             ValueError: If it is not a feature map with two grid axes.

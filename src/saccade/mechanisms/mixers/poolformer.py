@@ -38,7 +38,13 @@ class PoolFormer(Layer):
         self.size = size
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Mix a feature map `[B, C, *grid]` with one or two axes; same shape out.
+        """Mix a feature map.
+
+        Args:
+            x: `[B, C, *grid]` with one or two grid axes.
+
+        Returns:
+            The same shape.
 
         Raises:
             ValueError: If the number of dimensions is wrong.
