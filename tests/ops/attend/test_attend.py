@@ -392,9 +392,12 @@ class TestRecords:
 
 
 class TestOperator:
+    @pytest.mark.parametrize("strided", [False, True])
     @pytest.mark.parametrize("full", [False, True])
-    def test_opcheck(self, full):
+    def test_opcheck(self, full, strided):
         q, k, v = problem(1, 2, 1, 3, 4, 2, 3, dtype=torch.float32, grad=True)
+        if strided:
+            q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v))
         bias, sinks = torch.zeros(1, 2, 1, 4, requires_grad=True), torch.zeros(2, requires_grad=True)
         ids = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)
         rest = (

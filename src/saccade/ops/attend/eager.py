@@ -126,9 +126,9 @@ def backward(
     dtype = accumulation_dtype(q.dtype)
     (batch, heads, total, _), groups, length = q.shape, k.shape[1], k.shape[2]
     keys, values = k.to(dtype).contiguous(), v.to(dtype).contiguous()
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(keys), torch.zeros_like(values)
-    dbias = torch.zeros_like(rules.bias, dtype=dtype) if rules.bias is not None and bias_grad else None
-    dsinks = None if rules.sinks is None else torch.zeros_like(rules.sinks, dtype=dtype)
+    dq, dk, dv = q.new_empty(q.shape), torch.zeros_like(keys), torch.zeros_like(values)
+    dbias = rules.bias.new_zeros(rules.bias.shape, dtype=dtype) if rules.bias is not None and bias_grad else None
+    dsinks = None if rules.sinks is None else rules.sinks.new_zeros(rules.sinks.shape, dtype=dtype)
     for chunk in plan(q, k, rules):
         start, stop, low, high = chunk
         row_lse = lse[:, :, start:stop, None]

@@ -94,9 +94,9 @@ def _fake_backward(
     grad_out: Tensor, grad_lse: Tensor | None,  # noqa: ARG001
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dbias = torch.empty_like(bias) if bias is not None and rest[-1] else q.new_empty(0)
-    dsinks = torch.empty_like(sinks) if sinks is not None else q.new_empty(0)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dsinks
+    dbias = bias.new_empty(bias.shape) if bias is not None and rest[-1] else q.new_empty(0)
+    dsinks = sinks.new_empty(sinks.shape) if sinks is not None else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias, dsinks
 
 
 attend_op = torch.library.custom_op(

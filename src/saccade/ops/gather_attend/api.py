@@ -2,13 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Literal, overload
+
 from torch import Tensor
 
 from saccade.ops.attend.reference import reference_attention
+from saccade.ops.attend.validate import check_scale, check_sinks, check_softcap, check_workspace
 from saccade.ops.checks import check_qkv, resolve_scale
+from saccade.ops.dispatch import Implementation, RunRecord, choose, is_recording, record
+from saccade.ops.gather_attend import operator
 from saccade.types import AttentionOutput, TokenIndex
 
+Call = Mapping[str, Any]
 
+
+def _run_eager(call: Call) -> tuple[Tensor, Tensor]:
+    index, softcap = call["index"], call["softcap"]
+    return operator.gather_attend_op(
+        call["q"], call["k"], call["v"], index.indices, call["sinks"], index.group, index.causal,
+        None if softcap is None else float(softcap), resolve_scale(call["scale"], call["q"].shape[3]),
+        call["workspace"],
+    )  # fmt: skip
+
+
+def _run_reference(call: Call) -> tuple[Tensor, Tensor]:
+    return reference_attention(
+        call["q"], call["k"], call["v"], call["index"].to_dense(),
+        scale=resolve_scale(call["scale"], call["q"].shape[3]), softcap=call["softcap"], sinks=call["sinks"],
+    )  # fmt: skip
+
+
+IMPLEMENTATIONS = {
+    "eager": Implementation("eager", _run_eager),
+    "reference": Implementation("reference", _run_reference),
+}
+"""By preference."""
+
+
+def _check_index(index: TokenIndex, q: Tensor, k: Tensor) -> None:
+    """Sizes and device of the lists."""
+    if not isinstance(index, TokenIndex):
+        raise ValueError(f"index of type {type(index).__name__}: expected a TokenIndex")
+    if (index.queries, index.keys) != (q.shape[2], k.shape[2]):
+        raise ValueError(
+            f"index for {index.queries} queries and {index.keys} keys: expected {q.shape[2]} and {k.shape[2]}"
+        )
+    if index.indices.shape[0] not in (1, q.shape[0]) or index.indices.shape[1] not in (1, q.shape[1]):
+        raise ValueError(
+            f"index.indices of shape {tuple(index.indices.shape)}: expected batch {q.shape[0]} or 1 and "
+            f"heads {q.shape[1]} or 1"
+        )
+    if index.indices.device != q.device:
+        raise ValueError(f"index.indices on {index.indices.device}: expected {q.device}, as q")
+
+
+@overload
+def gather_attend(
+    q: Tensor, k: Tensor, v: Tensor, index: TokenIndex, *, softcap: float | None = ..., sinks: Tensor | None = ...,
+    scale: float | None = ..., return_lse: Literal[False] = ..., workspace: int = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def gather_attend(
+    q: Tensor, k: Tensor, v: Tensor, index: TokenIndex, *, softcap: float | None = ..., sinks: Tensor | None = ...,
+    scale: float | None = ..., return_lse: Literal[True], workspace: int = ..., impl: str = ...,
+) -> AttentionOutput: ...  # fmt: skip
+@overload
+def gather_attend(
+    q: Tensor, k: Tensor, v: Tensor, index: TokenIndex, *, softcap: float | None = ..., sinks: Tensor | None = ...,
+    scale: float | None = ..., return_lse: bool = ..., workspace: int = ..., impl: str = ...,
+) -> Tensor | AttentionOutput: ...  # fmt: skip
 def gather_attend(
     q: Tensor,
     k: Tensor,
@@ -22,9 +85,46 @@ def gather_attend(
     workspace: int = 256 * 2**20,
     impl: str = "auto",
 ) -> Tensor | AttentionOutput:
-    """Softmax attention over the pairs of `index`. (Placeholder body: the engine's owner replaces it.)"""
+    """Softmax attention of each group of queries over its own list of keys.
+
+    The cost is that of the listed pairs. Queries whose list is empty give output 0, LSE -inf (their sink's logit, if
+    there is one) and gradient 0. NaN and inf in keys and values that are in no list reach neither outputs nor
+    gradients. The backward adds in a fixed order.
+
+    Args:
+        q: `[B, H, M, D]`, floating point.
+        k: `[B, G, N, D]`, G divides H; dtype and device of q.
+        v: `[B, G, N, E]`, dtype and device of q.
+        index: The lists, for M queries and N keys, with batch B or 1 and heads H or 1. With 1, the heads of a key/value
+            head share one gather. A position must not repeat within a list (`index.validate()` checks).
+        softcap: Scores become `softcap * tanh(score / softcap)`; above 0.
+        sinks: `[H]`, a logit per head that takes part in the softmax and brings no value.
+        scale: Factor on q k^T; None means D^-0.5.
+        return_lse: Also return the log-sum-exp of the scores.
+        workspace: Bytes that gathered keys, values and scores may take (one list's at least).
+        impl: "auto", "eager" or "reference".
+
+    Returns:
+        `[B, H, M, E]` in q's dtype, or `AttentionOutput` with `return_lse`, whose `lse` is fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit the others, or `impl` is unknown.
+    """
     check_qkv(q, k, v)
-    out, lse = reference_attention(
-        q, k, v, index.to_dense(), scale=resolve_scale(scale, q.shape[3]), softcap=softcap, sinks=sinks
-    )
+    _check_index(index, q, k)
+    check_softcap(softcap)
+    check_sinks(sinks, q)
+    check_scale(scale)
+    check_workspace(workspace)
+    call = {
+        "q": q, "k": k, "v": v, "index": index, "softcap": softcap, "sinks": sinks, "scale": scale,
+        "workspace": workspace,
+    }  # fmt: skip
+    chosen, refused = choose("gather_attend", IMPLEMENTATIONS, impl, call)
+    if is_recording():
+        record(RunRecord("gather_attend", chosen.name, refused, index.density()))
+    out, lse = chosen.run(call)
     return AttentionOutput(out, lse) if return_lse else out
+
+
+__all__ = ["IMPLEMENTATIONS", "gather_attend"]

@@ -1,0 +1,106 @@
+"""`saccade::gather_attend` and its backward as `torch.library` operators. Poison is handled as in `attend`'s."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.ops.attend.operator import bad_tokens, is_finite, no_autocast, without
+from saccade.ops.checks import accumulation_dtype
+from saccade.ops.gather_attend import eager
+from saccade.ops.gather_attend.eager import Lists
+
+_SHARED = (
+    "Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? sinks, int group, bool causal, float? softcap, float scale, "
+    "int workspace"
+)
+
+
+def _lists(q: Tensor, k: Tensor, indices: Tensor, *rules: Any) -> Lists:
+    group, causal, softcap, scale, workspace = rules
+    batch, heads, queries, _ = q.shape
+    return Lists(
+        indices, group, causal, queries, k.shape[2], batch, heads, k.shape[1], softcap, scale, workspace
+    )  # fmt: skip
+
+
+def _gather_attend(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sinks: Tensor | None, *rules: Any
+) -> tuple[Tensor, Tensor]:
+    lists = _lists(q, k, indices, *rules)
+    if indices.numel():
+        low, high = (int(bound) for bound in torch.aminmax(indices))
+        if low < -1 or high >= k.shape[2]:
+            raise ValueError(f"index.indices in [{low}, {high}]: expected -1 or positions in [0, {k.shape[2]})")
+    with no_autocast(q.device):
+        out, lse = eager.forward(q, k, v, sinks, lists)
+        if is_finite(out):
+            return out, lse
+        bad = bad_tokens(k, v)
+        if not bool(bad.any()):
+            return out, lse
+        return eager.forward(q, without(k, bad), without(v, bad), sinks, lists, bad)
+
+
+def _gather_attend_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sinks: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    *rules, out, lse = rest
+    lists = _lists(q, k, indices, *rules)
+    with no_autocast(q.device):
+        if not all(is_finite(x) for x in (q, k, v, grad_out)):
+            bad, dead = bad_tokens(k, v), lse == -torch.inf
+            q, grad_out, k, v = without(q, dead), without(grad_out, dead), without(k, bad), without(v, bad)
+        dq, dk, dv, dsinks = eager.backward(grad_out, grad_lse, q, k, v, sinks, out, lse, lists)
+    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    return out, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+
+
+def _fake_backward(
+    grad_out: Tensor, grad_lse: Tensor | None,  # noqa: ARG001
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sinks: Tensor | None, *rest: Any,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+
+
+gather_attend_op = torch.library.custom_op(
+    "saccade::gather_attend", _gather_attend, mutates_args=(), schema=f"({_SHARED}) -> (Tensor, Tensor)"
+)
+gather_attend_backward_op = torch.library.custom_op(
+    "saccade::gather_attend_backward",
+    _gather_attend_backward,
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor? grad_lse, {_SHARED}, Tensor out, Tensor lse) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+gather_attend_op.register_fake(_fake)
+gather_attend_backward_op.register_fake(_fake_backward)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.rules = inputs[5:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    *inputs, out, lse = ctx.saved_tensors
+    rest = (None,) * len(ctx.rules)
+    if grad_out is None and grad_lse is None:
+        return (None,) * len(inputs) + rest
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    dq, dk, dv, dsinks = torch.ops.saccade.gather_attend_backward(grad_out, grad_lse, *inputs, *ctx.rules, out, lse)
+    return dq, dk, dv, None, dsinks if ctx.needs_input_grad[4] else None, *rest
+
+
+gather_attend_op.register_autograd(_backward, setup_context=_setup_context)
+
+__all__ = ["gather_attend_backward_op", "gather_attend_op"]
