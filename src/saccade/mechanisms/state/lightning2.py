@@ -11,6 +11,7 @@ from torch import Tensor
 from saccade.catalog import register
 from saccade.mechanisms.base import Mixer, require
 from saccade.ops import ScanState, scan
+from saccade.ops.checks import accumulation_dtype
 from saccade.types import Kind, Pattern
 
 
@@ -33,6 +34,7 @@ def slopes(heads: int) -> list[float]:
     code="OpenNLPLab/lightning-attention",
     patterns=frozenset({Pattern.CAUSAL_SELF}),
     supports=frozenset({"backward", "gqa", "streaming"}),
+    heads_differ=True,
     complexity="N",
     deviations=(
         "The mixing only: TransNormerLLM's SiLU on q, k and v, output norm and gate belong to the layer around it.",
@@ -61,12 +63,12 @@ class Lightning2(Mixer):
         require(0 <= self.layer < self.layers, "layer", self.layer, f"a layer in [0, {self.layers})")
         require(self.tile >= 1, "tile", self.tile, "at least 1 token")
 
-    def log_decay(self, heads: int, device: torch.device) -> Tensor:
-        """-s_h of every head, fp64 `[H]`."""
+    def log_decay(self, q: Tensor) -> Tensor:
+        """-s_h of every head `[H]`, in at least fp32."""
         depth = 1.0 if self.layers == 1 else 1.0 - self.layer / (self.layers - 1) + 1e-5
-        return torch.tensor(slopes(heads), dtype=torch.float64).mul(-depth).to(device)
+        rates = [-depth * slope for slope in slopes(q.shape[1])]
+        return torch.tensor(rates, dtype=accumulation_dtype(q.dtype), device=q.device)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, state: ScanState | None) -> tuple[Tensor, ScanState]:  # noqa: ARG002
         """Decayed linear attention; the state is one D x E matrix per query head."""
-        decay = self.log_decay(q.shape[1], q.device)
-        return scan(q, k, v, log_decay=decay, scale=1.0, initial_state=state, chunk=self.tile)
+        return scan(q, k, v, log_decay=self.log_decay(q), scale=1.0, initial_state=state, chunk=self.tile)

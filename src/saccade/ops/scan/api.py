@@ -85,7 +85,7 @@ def scan(
         impl: "auto", "eager" or "reference" (token by token, whatever `form` and `chunk`).
 
     Returns:
-        `out` `[B, H, N, E]` in q's dtype and the `ScanState` after the last token.
+        `out` `[B, H, N, E]` in q's dtype and the `ScanState` after the last token. Both are differentiable once.
 
     Raises:
         ValueError: Naming the argument, what it is and what is expected.
