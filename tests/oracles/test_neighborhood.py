@@ -135,6 +135,19 @@ def test_every_query_has_as_many_neighbours():
     assert bool((mask.sum(-1) == 20).all())
 
 
+@pytest.mark.parametrize("dilation", [1, 6])
+def test_a_pattern_built_in_inference_mode_serves_training(dilation):
+    neighborhood._pattern.cache_clear()
+    q, k, v = inputs(36)
+    mechanism = Neighborhood(3, dilation=dilation, block=64 if dilation > 1 else 8)
+    with torch.inference_mode():
+        out = mechanism(q, k, v)
+    again = mechanism(q.requires_grad_(), k, v)
+    again.sum().backward()
+    assert neighborhood._pattern.cache_info().hits == 1
+    assert torch.equal(again, out)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

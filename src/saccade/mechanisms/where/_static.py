@@ -59,6 +59,9 @@ def from_position_blocks(chosen: Tensor, queries: int, keys: int, block: int) ->
         queries: M.
         keys: N, at least M.
         block: Block size in tokens.
+
+    Returns:
+        The layout, neither cut to causality nor to segments.
     """
     offset = (keys - queries) % block
     if offset == 0:
