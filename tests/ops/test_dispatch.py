@@ -1,0 +1,67 @@
+"""Choosing an implementation, and the record of what ran."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from saccade.ops.dispatch import Implementation, RunRecord, choose, is_recording, record, recording
+
+
+def small_only(call):
+    return "too large" if call["size"] > 4 else None
+
+
+IMPLEMENTATIONS = {
+    "fast": Implementation("fast", lambda call: call, small_only),
+    "slow": Implementation("slow", lambda call: call, lambda call: "odd" if call["size"] % 2 else None),
+    "reference": Implementation("reference", lambda call: call),
+}
+
+
+def test_auto_takes_the_first_that_does_not_refuse():
+    assert choose("op", IMPLEMENTATIONS, "auto", {"size": 2}) == (IMPLEMENTATIONS["fast"], {})
+    assert choose("op", IMPLEMENTATIONS, "auto", {"size": 6}) == (IMPLEMENTATIONS["slow"], {"fast": "too large"})
+
+
+def test_an_explicit_choice_runs_or_raises():
+    assert choose("op", IMPLEMENTATIONS, "slow", {"size": 2})[0].name == "slow"
+    assert choose("op", IMPLEMENTATIONS, "reference", {"size": 7})[0].name == "reference"
+    with pytest.raises(ValueError, match="impl='fast': op cannot run it here: too large"):
+        choose("op", IMPLEMENTATIONS, "fast", {"size": 6})
+    with pytest.raises(ValueError, match="impl='turbo': op has 'auto', 'fast', 'slow', 'reference'"):
+        choose("op", IMPLEMENTATIONS, "turbo", {"size": 2})
+
+
+def test_auto_never_takes_the_reference():
+    with pytest.raises(ValueError, match=r"op: no implementation can run this call: .*'fast': 'too large'.*'odd'"):
+        choose("op", IMPLEMENTATIONS, "auto", {"size": 7})
+
+
+def test_records_are_collected_inside_the_block_only():
+    record(RunRecord("op", "before"))
+    assert not is_recording()
+    with recording() as outer:
+        assert is_recording()
+        record(RunRecord("op", "first"))
+        with recording() as inner:
+            record(RunRecord("op", "second", {"fast": "too large"}, 0.5))
+        record(RunRecord("op", "third"))
+    record(RunRecord("op", "after"))
+    assert [entry.impl for entry in outer] == ["first", "third"]
+    assert inner == [RunRecord("op", "second", {"fast": "too large"}, 0.5)]
+
+
+def test_recording_ends_with_an_exception():
+    with pytest.raises(KeyError), recording():
+        raise KeyError
+    assert not is_recording()
+
+
+def test_other_threads_are_not_recorded():
+    with recording() as records:
+        worker = threading.Thread(target=lambda: record(RunRecord("op", "elsewhere")))
+        worker.start()
+        worker.join()
+    assert records == []
