@@ -1,8 +1,8 @@
 """Softmax attention on batches of small dense tiles, forward and backward: the inner step of the sparse engines.
 
 Shapes: q `[n, m, D]`, k `[n, L, D]`, v `[n, L, E]`, mask bool `[n', m', L]` (True = attend) or None. n' divides n and
-m' divides m: each mask serves n / n' consecutive tiles, whose m rows are m / m' stacked copies of it; the common case is
-`[n or 1, m or 1, L]`. Everything runs and is returned in the accumulation dtype (fp32, or fp64 for fp64). Keys and
+m' divides m: each mask serves n / n' consecutive tiles, whose m rows are m / m' stacked copies of it; the common case
+is `[n or 1, m or 1, L]`. Everything runs and is returned in the accumulation dtype (fp32, or fp64 for fp64). Keys and
 values must be finite, also where masked: callers replace those that are not (0 * NaN is NaN).
 
 The formulas, per row i with scores s, x = scale * q k^T:

@@ -75,6 +75,16 @@ def test_agrees_with_dense(name, impl, softcap, with_sinks):
     torch.testing.assert_close(gradients(*found, wanted), gradients(*expected, wanted), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_of_out_alone(name, dtype):
+    inputs, mask, layout = problem(name, dtype=dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    found = torch.autograd.grad(block_attend(*inputs, layout).square().sum(), inputs)
+    expected = torch.autograd.grad(oracle(*exact, mask)[0].square().sum(), exact)
+    torch.testing.assert_close(found, tuple(grad.to(dtype) for grad in expected))
+
+
 @pytest.mark.parametrize("workspace", [1, 3000, 40_000, 2**30])
 @pytest.mark.parametrize("name", ["gqa shared by heads", "per batch and head", "values wider than keys"])
 def test_any_workspace_gives_the_same(name, workspace):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saccade.ops.block_attend.fused import can_fuse, fused_forward, fused_gradients
 from saccade.ops.block_attend.pieces import Masks, Piece, Sharing, pieces
 from saccade.ops.checks import accumulation_dtype
 from saccade.ops.tile import tile_forward, tile_gradients
@@ -24,39 +25,33 @@ def eager_forward(
     hidden = bad.any(-1, keepdim=True)
     out, lse = _forward(q, k.masked_fill(hidden, 0), v.masked_fill(hidden, 0), layout, scale, softcap, workspace)
     seen = sees(bad, layout, q.shape[1], workspace)
-    return out.masked_fill_(seen.any(-1, keepdim=True), torch.nan), lse.masked_fill_(seen[..., 0], torch.nan)
+    return out.masked_fill(seen.any(-1, keepdim=True), torch.nan), lse.masked_fill(seen[..., 0], torch.nan)
 
 
 def eager_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    layout: BlockLayout,
-    scale: float,
-    softcap: float | None,
-    workspace: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: BlockLayout,
+    scale: float, softcap: float | None, workspace: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients dq `[B, H, M, D]`, dk `[B, G, N, D]`, dv `[B, G, N, E]` in the accumulation dtype."""
     empty = lse == -torch.inf
     delta = (grad_out.to(lse.dtype) * out).sum(-1).sub_(grad_lse).masked_fill_(empty, 0.0)
+    lse = lse.masked_fill(empty, torch.inf)
     if all(finite(tensor) for tensor in (q, k, v, grad_out, delta)):
-        return _backward(grad_out, delta, q, k, v, lse, layout, scale, softcap, workspace)
-    bad_row = ~(torch.isfinite(q).all(-1) & torch.isfinite(grad_out).all(-1) & torch.isfinite(delta)) & ~empty
-    bad_row |= ~torch.isfinite(lse) & ~empty
+        whole = out if can_fuse(q, v, softcap) and not bool(grad_lse.any()) else None
+        return _backward(grad_out, delta, whole, q, k, v, lse, layout, scale, softcap, workspace)
+    usable = torch.isfinite(q).all(-1) & torch.isfinite(grad_out).all(-1) & torch.isfinite(delta) & ~lse.isnan()
+    bad_row = ~usable & ~empty
+    inert = bad_row | empty
     bad_key = ~(torch.isfinite(k).all(-1) & torch.isfinite(v).all(-1))[..., None]
-    inert = (bad_row | empty)[..., None]
     dq, dk, dv = _backward(
-        grad_out.masked_fill(inert, 0), delta.masked_fill(inert[..., 0], 0), q.masked_fill(inert, 0),
-        k.masked_fill(bad_key, 0), v.masked_fill(bad_key, 0), lse.masked_fill(inert[..., 0], -torch.inf),
-        layout, scale, softcap, workspace,
+        grad_out.masked_fill(inert[..., None], 0), delta.masked_fill(inert, 0), None,
+        q.masked_fill(inert[..., None], 0), k.masked_fill(bad_key, 0), v.masked_fill(bad_key, 0),
+        lse.masked_fill(inert, torch.inf), layout, scale, softcap, workspace,
     )  # fmt: skip
     reached = sees(bad_row[..., None], layout.transpose(), q.shape[1], workspace)
     reached = reached.view(*k.shape[:2], -1, k.shape[2], 1).any(2)
-    return dq.masked_fill_(bad_row[..., None], torch.nan), *(grad.masked_fill_(reached, torch.nan) for grad in (dk, dv))
+    dq = dq.masked_fill(bad_row[..., None], torch.nan)
+    return dq, dk.masked_fill(reached, torch.nan), dv.masked_fill(reached, torch.nan)
 
 
 def finite(tensor: Tensor) -> bool:
@@ -66,77 +61,58 @@ def finite(tensor: Tensor) -> bool:
 
 def sees(flags: Tensor, layout: BlockLayout, heads: int, workspace: int) -> Tensor:
     """Bool `[B, heads, M, c]`: does a query see a key with the flag set; `flags` bool `[B, G, N, c]`."""
-    batch = flags.shape[0]
-    query = torch.zeros(batch, heads, layout.queries, 1, device=flags.device)
+    query = torch.zeros(flags.shape[0], heads, layout.queries, 1, device=flags.device)
     key = torch.zeros(*flags.shape[:3], 1, device=flags.device)
     return _forward(query, key, flags.float(), layout, 1.0, None, workspace)[0] > 0
 
 
-def to_blocks(tensor: Tensor, size: int) -> Tensor:
-    """`[B, H, N, D]` as `[B * H * blocks, size, D]`, the last block filled up with zeros; a view where possible."""
-    tensor = torch.nn.functional.pad(tensor, (0, 0, 0, -tensor.shape[2] % size))
+def to_blocks(tensor: Tensor, size: int, fill: float = 0.0) -> Tensor:
+    """`[B, H, N, D]` as `[B * H * blocks, size, D]`, the last block filled up; a view where possible."""
+    tensor = torch.nn.functional.pad(tensor, (0, 0, 0, -tensor.shape[2] % size), value=fill)
     return tensor.reshape(-1, size, tensor.shape[3])
 
 
 def from_blocks(blocks: Tensor, like: Tensor) -> Tensor:
     """The inverse of `to_blocks`, for the batch, heads and tokens of `like`."""
     batch, heads, tokens, _ = like.shape
-    return blocks.view(batch, heads, -1, blocks.shape[2])[:, :, :tokens]
+    blocks_each = -(-tokens // blocks.shape[1])
+    return blocks.view(batch, heads, blocks_each * blocks.shape[1], blocks.shape[2])[:, :, :tokens]
+
+
+def _take(blocks: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Blocks `index` `[n, copies, c]` of `[*, size, D]`, joined: `[n * copies, c * size, D]`."""
+    taken = blocks.index_select(0, index.flatten())
+    return taken.view(index.shape[0] * index.shape[1], index.shape[2] * blocks.shape[1], blocks.shape[2]).to(dtype)
 
 
 def _budget(device: torch.device, workspace: int) -> int:
     return min(workspace, CACHE) if device.type == "cpu" else workspace
 
 
-def _take(blocks: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Blocks `index` `[n, copies, c]` of `[*, size, D]`, joined: `[n * copies, c * size, D]`."""
-    taken = blocks.index_select(0, index.flatten())
-    return taken.view(index.shape[0] * index.shape[1], -1, blocks.shape[2]).to(dtype)
-
-
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, softcap: float | None, workspace: int
 ) -> tuple[Tensor, Tensor]:
     """`eager_forward` for finite keys and values."""
-    dtype = accumulation_dtype(q.dtype)
-    block_q, block_k = layout.block
+    dtype, (block_q, block_k) = accumulation_dtype(q.dtype), layout.block
     queries, keys, values = to_blocks(q, block_q), to_blocks(k, block_k), to_blocks(v, block_k)
     out = torch.zeros(len(queries), block_q, v.shape[3], dtype=dtype, device=q.device)
     lse = torch.full((len(queries), block_q, 1), -torch.inf, dtype=dtype, device=q.device)
     sharing = Sharing(layout, q.shape[0], q.shape[1], k.shape[1])
+    fused = can_fuse(q, v, softcap)
     height, width, size = sharing.stack * block_q, q.shape[3] + v.shape[3], dtype.itemsize
-    fused = softcap is None and q.device.type == "cpu" and q.shape[3] == v.shape[3] > 0
-    tile_bytes = block_k * (2 * width * size + (0 if fused else height * size)) + 4 * block_q * block_k
+    tile_bytes = block_k * size * (2 * width + (0 if fused else height)) + 8 * block_q * block_k
     budget = _budget(q.device, workspace)
     masks = Masks(layout, budget)
     for piece in pieces(sharing, tile_bytes, 2 * height * width * size, budget):
-        tensors = (_take(queries, piece.query_blocks, dtype),) + tuple(
-            _take(blocks, piece.key_blocks, dtype) for blocks in (keys, values)
-        )
+        some_q = _take(queries, piece.query_blocks, dtype)
+        some_k, some_v = _take(keys, piece.key_blocks, dtype), _take(values, piece.key_blocks, dtype)
         mask = masks.of(piece)
-        part = fused_forward(*tensors, mask, scale) if fused else tile_forward(*tensors, mask, scale, softcap)
-        _put(out, lse, part[0].view(-1, block_q, v.shape[3]), part[1].view(-1, block_q, 1), piece)
+        if fused:
+            part_out, part_lse = fused_forward(some_q, some_k, some_v, mask, scale)
+        else:
+            part_out, part_lse = tile_forward(some_q, some_k, some_v, mask, scale, softcap)
+        _put(out, lse, part_out.view(-1, block_q, v.shape[3]), part_lse.reshape(-1, block_q, 1), piece)
     return from_blocks(out, q), from_blocks(lse, q).squeeze(-1)
-
-
-def fused_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """`tile_forward` by the fused kernel that PyTorch has for CPUs; D = E."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
-    tiles, rows, _ = q.shape
-    if mask is None:
-        out, lse = kernel(q[:, None], k[:, None], v[:, None], scale=scale)
-        return out, lse
-    stack = rows // mask.shape[1]
-    hidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    hidden = hidden.repeat_interleave(tiles // len(mask), 0) if len(mask) < tiles else hidden
-    out, lse = kernel(
-        q.view(tiles, stack, -1, q.shape[2]), k[:, None].expand(-1, stack, -1, -1), v[:, None].expand(-1, stack, -1, -1),
-        attn_mask=hidden[:, None], scale=scale,
-    )  # fmt: skip
-    # Where a whole row is hidden the kernel says lse 0, and a NaN query is still NaN.
-    empty = ~mask.any(-1)[:, None]
-    lse = lse.reshape(len(mask), -1, rows // stack).masked_fill(empty, -torch.inf)
-    return out.reshape(len(mask), -1, rows // stack, v.shape[2]).masked_fill(empty[..., None], 0.0), lse
 
 
 def _put(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, piece: Piece) -> None:
@@ -153,46 +129,40 @@ def _put(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, piece: Pi
 
 
 def _backward(
-    grad_out: Tensor,
-    delta: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    layout: BlockLayout,
-    scale: float,
-    softcap: float | None,
-    workspace: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`eager_backward` for finite inputs."""
-    dtype = accumulation_dtype(q.dtype)
-    block_q, block_k = layout.block
+    grad_out: Tensor, delta: Tensor, out: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor,
+    layout: BlockLayout, scale: float, softcap: float | None, workspace: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`eager_backward` for finite inputs; `out` if the fused kernel is to run; lse +inf in rows that see nothing."""
+    dtype, (block_q, block_k) = accumulation_dtype(q.dtype), layout.block
     queries, keys, values = to_blocks(q, block_q), to_blocks(k, block_k), to_blocks(v, block_k)
-    grads, deltas = to_blocks(grad_out, block_q), to_blocks(delta[..., None], block_q)
-    lses = to_blocks(lse.masked_fill(lse == -torch.inf, torch.inf)[..., None], block_q)
+    grads, lses = to_blocks(grad_out, block_q), to_blocks(lse[..., None], block_q, torch.inf)
+    sums = to_blocks(delta[..., None] if out is None else out, block_q)
     dq, dk, dv = (torch.zeros_like(blocks, dtype=dtype) for blocks in (queries, keys, values))
     sharing = Sharing(layout, q.shape[0], q.shape[1], k.shape[1])
     height, width, size = sharing.stack * block_q, q.shape[3] + v.shape[3], dtype.itemsize
-    tile_bytes = block_k * (3 * height * size + 4 * width * size) + 4 * block_q * block_k
+    tile_bytes = block_k * size * (3 * width + (0 if out is not None else 3 * height)) + 8 * block_q * block_k
     budget = _budget(q.device, workspace)
     masks = Masks(layout, budget)
     for piece in pieces(sharing, tile_bytes, 4 * height * width * size, budget):
-        to_q, to_k = piece.query_blocks.flatten(), piece.key_blocks.flatten()
-        part = tile_gradients(
-            _take(grads, piece.query_blocks, dtype), _take(deltas, piece.query_blocks, dtype).squeeze(-1),
-            _take(queries, piece.query_blocks, dtype), _take(keys, piece.key_blocks, dtype),
-            _take(values, piece.key_blocks, dtype), masks.of(piece),
-            _take(lses, piece.query_blocks, dtype).squeeze(-1), scale, softcap,
-        )  # fmt: skip
-        dq.index_add_(0, to_q, part[0].view(-1, block_q, q.shape[3]))
-        _scatter(dk, to_k, part[1])
-        _scatter(dv, to_k, part[2])
+        some_q, some_grad, some_sum, some_lse = (
+            _take(blocks, piece.query_blocks, dtype) for blocks in (queries, grads, sums, lses)
+        )
+        some_k, some_v = _take(keys, piece.key_blocks, dtype), _take(values, piece.key_blocks, dtype)
+        row, mask = some_lse.squeeze(-1), masks.of(piece)
+        if out is None:
+            total = some_sum.squeeze(-1)
+            part = tile_gradients(some_grad, total, some_q, some_k, some_v, mask, row, scale, softcap)
+        else:
+            part = fused_gradients(some_grad, some_sum, some_q, some_k, some_v, mask, row, scale)
+        dq.index_add_(0, piece.query_blocks.flatten(), part[0].reshape(-1, block_q, q.shape[3]))
+        _scatter(dk, piece.key_blocks.flatten(), part[1])
+        _scatter(dv, piece.key_blocks.flatten(), part[2])
     return from_blocks(dq, q), from_blocks(dk, k), from_blocks(dv, v)
 
 
 def _scatter(total: Tensor, index: Tensor, part: Tensor) -> None:
     """Add blocks that may repeat, in a fixed order: `index_add_` is deterministic on a CPU only."""
-    part = part.view(len(index), *total.shape[1:])
+    part = part.reshape(len(index), *total.shape[1:])
     if total.device.type == "cpu":
         total.index_add_(0, index, part)
     else:

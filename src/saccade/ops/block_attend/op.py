@@ -38,9 +38,9 @@ class Kernel:
 KERNELS: dict[str, Kernel] = {"eager": Kernel(eager_forward, eager_backward)}
 
 
-def _layout(q: Tensor, k: Tensor, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> BlockLayout:
-    batch, heads, block_q, block_k = sizes
-    return BlockLayout(*tensors, batch, heads, q.shape[2], k.shape[2], (block_q, block_k))
+def _layout(q: Tensor, k: Tensor, *parts: Any) -> BlockLayout:
+    indptr, indices, kinds, bits, batch, heads, block_q, block_k = parts
+    return BlockLayout(indptr, indices, kinds, bits, batch, heads, q.shape[2], k.shape[2], (block_q, block_k))
 
 
 @torch.library.custom_op("saccade::block_attend", mutates_args=())
@@ -49,7 +49,7 @@ def forward_op(
     batch: int, heads: int, block_q: int, block_k: int, scale: float, softcap: float | None, workspace: int, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Out and lse; the layout as its tensors and sizes."""
-    layout = _layout(q, k, (indptr, indices, kinds, bits), (batch, heads, block_q, block_k))
+    layout = _layout(q, k, indptr, indices, kinds, bits, batch, heads, block_q, block_k)
     out, lse = KERNELS[impl].forward(q, k, v, layout, scale, softcap, workspace)
     return out.contiguous(), lse.contiguous()
 
@@ -68,7 +68,7 @@ def backward_op(
     batch: int, heads: int, block_q: int, block_k: int, scale: float, softcap: float | None, workspace: int, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, in their dtype."""
-    layout = _layout(q, k, (indptr, indices, kinds, bits), (batch, heads, block_q, block_k))
+    layout = _layout(q, k, indptr, indices, kinds, bits, batch, heads, block_q, block_k)
     run = KERNELS[impl].backward
     dq, dk, dv = run(grad_out, grad_lse, q, k, v, out, lse, layout, scale, softcap, workspace)
     return dq.to(q.dtype).contiguous(), dk.to(q.dtype).contiguous(), dv.to(q.dtype).contiguous()

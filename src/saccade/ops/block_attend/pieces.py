@@ -15,7 +15,6 @@ from torch import Tensor
 from saccade.types import BlockLayout
 from saccade.types.bits import unpack_bits
 
-
 CROWDED = 4
 """A row with more than one masked block in so many runs whole with a mask."""
 
@@ -96,10 +95,10 @@ def pieces(sharing: Sharing, tile_bytes: int, item_bytes: int, budget: int) -> I
             some_copies, some_rows = min(count, len(copies)), max(1, count // len(copies))
             query_blocks, start = sharing.places(part_rows, copies)
             key_blocks = start[..., None] + layout.indices[entries].long()[:, None]
-            for rows_of in zip(*(t.split(some_rows) for t in (entries, query_blocks, key_blocks)), strict=True):
+            for row in range(0, len(part_rows), some_rows):
                 for copy in range(0, len(copies), some_copies):
-                    both = (blocks[:, copy : copy + some_copies] for blocks in rows_of[1:])
-                    yield Piece(rows_of[0], *both, masked, merged or not first)
+                    here = (slice(row, row + some_rows), slice(copy, copy + some_copies))
+                    yield Piece(entries[here[0]], query_blocks[here], key_blocks[here], masked, merged or not first)
 
 
 def _classes(layout: BlockLayout, rows: Tensor) -> Iterator[tuple[Tensor, bool, bool]]:
