@@ -147,7 +147,9 @@ class TokenIndex:
     def density(self) -> float:
         """Fraction of the M x N pairs that is kept (causality inside a group counted)."""
         valid = self.indices >= 0
-        if self.causal and self.group > 1:
+        if valid.numel() == 0:
+            pairs = 0
+        elif self.causal:
             first = torch.arange(valid.shape[2], device=valid.device)[:, None] * self.group + self.keys - self.queries
             size = (self.queries - torch.arange(valid.shape[2], device=valid.device) * self.group).clamp(max=self.group)
             seen = (size[:, None] - (self.indices - first).clamp(min=0)).clamp(min=0)

@@ -227,7 +227,7 @@ def stride(
     """See `BlockLayout.stride`."""
     if step < 1 or not 0 <= offset < step:
         raise ValueError(f"step={step}, offset={offset}: expected step >= 1 and 0 <= offset < step")
-    return tokens(queries, keys, torch.arange(offset, keys, step, device=device), None, block, device)
+    return tokens(queries, keys, torch.arange(min(offset, keys), keys, step, device=device), None, block, device)
 
 
 def from_dense(mask: Tensor, block: int | tuple[int, int]) -> BlockLayout:
