@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from saccade.types import BlockLayout, Geometry
+from saccade.types.bits import pack_bits
 
 
 def places(geometry: Geometry, keys: int, device: torch.device) -> Tensor:
@@ -64,25 +67,14 @@ def from_position_blocks(chosen: Tensor, queries: int, keys: int, block: int) ->
         The layout, neither cut to causality nor to segments.
     """
     offset = (keys - queries) % block
-    if offset == 0:
+    if offset == 0 or (queries > 0 and chosen.shape[2] == 1):
         return BlockLayout.from_indices(chosen, queries, keys, block)
-    rows, last = -(-queries // block), chosen.shape[2] - 1
-    after = torch.cat([chosen[:, :, 1:], torch.full_like(chosen[:, :, :1], -1)], 2)
-    both = torch.cat([chosen, after], -1)[:, :, :rows].sort(-1).values
-    repeated = torch.nn.functional.pad(both[..., 1:] == both[..., :-1], (1, 0))
+    rows = -(-queries // block)
+    following = torch.cat([chosen[:, :, 1:], torch.full_like(chosen[:, :, :1], -1)], 2)
+    above = torch.arange(block, device=chosen.device) < block - offset
 
-    def listed(_: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        column = j[:, :, :1] // block
-        row = (i + offset) // block
-        upper = row[:, :1]
-        here, below = ((chosen[0, h, r] == column[..., None]).any(-1) for r in (upper, (upper + 1).clamp(max=last)))
-        return torch.where(row == upper, here, below)
+    def part(lists: Tensor, inside: Tensor) -> BlockLayout:
+        full = BlockLayout.from_indices(lists[:, :, :rows], queries, keys, block)
+        return replace(full, kinds=full.kinds + 1, bits=pack_bits(inside[None, :, None].expand(1, block, block)))
 
-    return BlockLayout.from_mask_mod(
-        listed,
-        queries,
-        keys,
-        heads=chosen.shape[1],
-        block=block,
-        candidates=BlockLayout.from_indices(both.masked_fill(repeated, -1), queries, keys, block),
-    )
+    return part(chosen, above) | part(following, ~above)
