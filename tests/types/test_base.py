@@ -47,6 +47,16 @@ class TestTokenIndex:
     def test_density(self, index):
         assert index.density() == pytest.approx(float(dense(index).double().mean()))
 
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("group", [1, 2, 5, 20])
+    @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (4, 9), (9, 4)])
+    def test_density_over_the_grid_of_cases(self, queries, keys, group, causal):
+        shape = (2, 3, -(-queries // group), keys)
+        order = torch.rand(shape, generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :3]
+        index = TokenIndex(order.where(order != 1, -1), queries, keys, group, causal)
+        assert torch.equal(index.to_dense(), dense(index))
+        assert index.density() == pytest.approx(float(dense(index).double().mean()))
+
     def test_density_of_nothing(self):
         assert TokenIndex(torch.zeros(1, 1, 0, 3, dtype=torch.int64), 0, 5).density() == 0.0
 
