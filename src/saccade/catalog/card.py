@@ -52,6 +52,7 @@ class Card:
         exact_when: In words, the setting at which it equals dense attention; "" if there is none.
         complexity: Counted work in N, such as "N", "N log N", "N^1.5", "N^2".
         deviations: Where it departs from the paper, and why.
+        heads_differ: Heads are treated differently by their number, so that their order matters.
         example: Settings that fit a small problem; the laws build the mechanism from them.
         exact: `N -> settings` at which it equals dense attention on N tokens, or None.
         ladder: `N -> settings, ...` from the least to the most computed: what `tune` tries and what law 6 climbs.
@@ -72,6 +73,7 @@ class Card:
     exact_when: str = ""
     complexity: str = ""
     deviations: tuple[str, ...] = ()
+    heads_differ: bool = False
     example: Settings = field(default_factory=dict)
     exact: Callable[[int], Settings] | None = None
     ladder: Callable[[int], tuple[Settings, ...]] | None = None

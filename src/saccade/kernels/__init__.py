@@ -1,0 +1,1 @@
+"""Native kernels, reached only from the engines."""

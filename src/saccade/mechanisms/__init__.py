@@ -1,0 +1,1 @@
+"""The mechanisms: one folder per decision, one file per mechanism."""

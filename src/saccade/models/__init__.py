@@ -1,0 +1,1 @@
+"""Small real models to run on, texts and tasks."""

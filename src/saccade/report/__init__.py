@@ -1,0 +1,5 @@
+"""Reports: a self-contained HTML page and its plots, from the report's JSON."""
+
+from saccade.report.page import render, write_report
+
+__all__ = ["render", "write_report"]

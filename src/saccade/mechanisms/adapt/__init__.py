@@ -1,1 +1,1 @@
-
+"""Small trained additions around frozen attention."""

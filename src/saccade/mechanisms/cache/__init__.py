@@ -1,1 +1,1 @@
-
+"""What is kept of keys and values, and what is read back."""

@@ -1,1 +1,1 @@
-
+"""Attention between two sets, and pooling by it."""

@@ -1,1 +1,1 @@
-
+"""Reuse across denoising steps."""

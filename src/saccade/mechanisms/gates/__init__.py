@@ -1,1 +1,1 @@
-
+"""Channel and spatial gates on feature maps."""

@@ -1,1 +1,1 @@
-
+"""How heads share projections and maps."""

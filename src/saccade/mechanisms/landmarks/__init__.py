@@ -1,1 +1,1 @@
-
+"""Attention through a few tokens that stand for many."""

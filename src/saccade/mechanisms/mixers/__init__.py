@@ -1,1 +1,1 @@
-
+"""Token mixing without attention."""

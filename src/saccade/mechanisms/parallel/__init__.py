@@ -1,1 +1,1 @@
-
+"""One sequence over many devices."""

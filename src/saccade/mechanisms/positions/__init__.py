@@ -1,1 +1,1 @@
-
+"""How place enters."""

@@ -1,1 +1,1 @@
-
+"""Looking at attention."""

@@ -1,1 +1,1 @@
-
+"""Fewer tokens."""

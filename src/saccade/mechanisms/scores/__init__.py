@@ -1,1 +1,1 @@
-
+"""How a pair is scored and scores become weights."""

@@ -1,1 +1,1 @@
-
+"""A summary that is carried along instead of pairs."""

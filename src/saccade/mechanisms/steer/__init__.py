@@ -1,1 +1,1 @@
-
+"""Edits of a model's attention at inference."""

@@ -1,1 +1,1 @@
-
+"""Which (query, key) pairs are computed."""

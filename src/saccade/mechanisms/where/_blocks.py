@@ -23,8 +23,10 @@ def mean_pool(x: Tensor, size: int) -> Tensor:
 
 def head_scores(q: Tensor, k: Tensor) -> Tensor:
     """Scores q k^T per query head: `[B, H, Q, K]` from `[B, H, Q, D]` and `[B, G, K, D]`."""
-    shared = q.shape[1] // k.shape[1]
-    return (q.unflatten(1, (k.shape[1], shared)) @ k.transpose(-1, -2)[:, :, None]).flatten(1, 2)
+    batch, heads, rows, dim = q.shape
+    groups = k.shape[1]
+    together = q.reshape(batch, groups, heads // groups * rows, dim)  # heads that share keys go in one product
+    return (together @ k.transpose(-1, -2)).view(batch, heads, rows, k.shape[2])
 
 
 def block_visibility(

@@ -78,7 +78,7 @@ def _ladder(n: int) -> tuple[dict[str, Any], ...]:
         ),
         "Pooled scores are scaled by D^-0.5 whatever `scale` the attention uses.",
     ),
-    example={"cdf": 0.7, "similarity": 0.2, "block_q": 16, "block_k": 8},
+    example={"cdf": 0.5, "similarity": 0.06, "block_q": 16, "block_k": 8},
     exact=lambda _: {"cdf": 1.0, "block_q": 16, "block_k": 16},
     ladder=_ladder,
 )

@@ -1,0 +1,211 @@
+"""Named mechanisms on the same queries, keys and values: error, time, memory, density, crossover length."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.bench.measure import Machine, describe_machine, interleaved, median, peak_bytes
+from saccade.catalog import get
+from saccade.ops import attend, recording
+from saccade.types import Geometry, Kind, Pattern
+
+COMPARABLE = (Kind.SELECTOR, Kind.SCORE, Kind.MIXER, Kind.INTERVENTION)
+CROSSOVER_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One mechanism on one problem.
+
+    Args:
+        label: Name and settings.
+        error: Relative difference from dense attention, Frobenius norm.
+        seconds: Median time of a call, choosing included.
+        select_seconds: Time of choosing what to compute, within `seconds`.
+        speedup: Dense time over this time.
+        peak_bytes: Memory at the peak of one call, None where it cannot be measured.
+        density: Kept pairs over those dense attention computes, None where there are no pairs.
+        crossover: Shortest length tried from which it stays faster than dense, None if there is none.
+    """
+
+    label: str
+    error: float
+    seconds: float
+    select_seconds: float
+    speedup: float
+    peak_bytes: int | None
+    density: float | None
+    crossover: int | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` measured; `dense` is the row everything is measured against."""
+
+    problem: str
+    machine: Machine
+    dense: Row
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "problem": self.problem,
+            "machine": self.machine.to_json(),
+            "rows": [asdict(row) for row in (self.dense, *self.rows)],
+        }
+
+
+def parse_mechanism(text: str) -> tuple[str, dict[str, Any] | None]:
+    """`name` or `name:setting=value,setting=value` with JSON values; without settings the card's ladder is meant.
+
+    Raises:
+        ValueError: If the name is unknown or a setting cannot be read.
+    """
+    name, _, rest = text.partition(":")
+    card = get(name)
+    if not rest:
+        return card.name, None
+    settings: dict[str, Any] = {}
+    for part in rest.split(","):
+        key, equals, value = part.partition("=")
+        try:
+            settings[key.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            raise ValueError(f"settings={part!r}: expected setting=value with a JSON value, as in window=512") from None
+        if not equals or not key.strip():
+            raise ValueError(f"settings={part!r}: expected setting=value")
+    return card.name, settings
+
+
+def random_problem(
+    shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q `[B, H, N, D]`, k and v `[B, G, N, D]` of `(B, H, G, N, D)`, with neighbours that resemble each other.
+
+    Raises:
+        ValueError: If `shape` is not five positive sizes, or G does not divide H.
+    """
+    if len(shape) != 5 or min(shape) < 1:
+        raise ValueError(f"shape={tuple(shape)}: expected five sizes (batch, heads, kv heads, tokens, dim) of at least 1")
+    batch, heads, groups, tokens, dim = shape
+    if heads % groups:
+        raise ValueError(f"shape={tuple(shape)}: expected kv heads {groups} to divide heads {heads}")
+    generator = torch.Generator().manual_seed(seed)
+
+    def smooth(count: int) -> Tensor:
+        x = torch.randn(batch, count, tokens, dim, generator=generator)
+        return (x + x.roll(1, 2) + x.roll(2, 2)).to(dtype).to(device)
+
+    return smooth(heads), smooth(groups), smooth(groups)
+
+
+def compare(
+    mechanisms: Iterable[str],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    rounds: int = 5,
+    crossover: bool = True,
+    problem: str = "given tensors",
+) -> Comparison:
+    """Run mechanisms and dense attention on the same inputs, in interleaved rounds.
+
+    Args:
+        mechanisms: `name` (every setting of its ladder) or `name:setting=value,...`.
+        q: `[B, H, N, D]`.
+        k: `[B, G, N, D]`.
+        v: `[B, G, N, E]`.
+        causal: Hide the future.
+        scale: Factor on q k^T; None means D^-0.5.
+        rounds: Counted rounds; the median is reported.
+        crossover: Also look for the length from which each is faster than dense (takes longer).
+        problem: What the inputs are, for the heading.
+
+    Returns:
+        Rows in the order given.
+
+    Raises:
+        ValueError: If a mechanism is unknown, cannot run on q, k, v, or `rounds` is less than 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}: expected at least 1")
+    geometry = Geometry(causal=causal)
+    device = str(q.device)
+    built = _build(mechanisms, q.shape[2], causal)
+
+    def dense(n: int = q.shape[2]) -> Tensor:
+        return attend(q[:, :, :n], k[:, :, :n], v[:, :, :n], causal=causal, scale=scale)
+
+    def call(label: str, n: int = q.shape[2]) -> Tensor:
+        return built[label](q[:, :, :n], k[:, :, :n], v[:, :, :n], geometry=geometry, scale=scale)
+
+    with torch.no_grad():
+        wanted = dense()
+        times = interleaved({"dense": dense} | {x: lambda x=x: call(x) for x in built}, rounds, device=device)  # type: ignore[misc]
+        base = median(times["dense"])
+        lengths = [n for n in CROSSOVER_LENGTHS if n <= q.shape[2]] if crossover else []
+        crossings = _crossovers({n: {"dense": lambda n=n: dense(n)} | {x: lambda x=x, n=n: call(x, n) for x in built} for n in lengths}, device)  # type: ignore[misc]  # fmt: skip
+        rows = [
+            _row(label, lambda label=label: call(label), wanted, times[label], base, crossings.get(label), causal, device)  # type: ignore[misc]
+            for label in built
+        ]
+    dense_row = Row("dense", 0.0, base, 0.0, 1.0, peak_bytes(dense, device), 1.0, None)
+    return Comparison(problem, describe_machine(device.split(":")[0]), dense_row, tuple(rows))
+
+
+def _build(mechanisms: Iterable[str], tokens: int, causal: bool) -> dict[str, Any]:
+    """Label -> mechanism, for every setting asked for."""
+    built: dict[str, Any] = {}
+    for text in mechanisms:
+        name, settings = parse_mechanism(text)
+        card = get(name)
+        pattern = Pattern.CAUSAL_SELF if causal else Pattern.NONCAUSAL_SELF
+        if card.kind not in COMPARABLE or pattern not in card.patterns:
+            raise ValueError(f"mechanisms={name!r}: a {card.kind} for {sorted(card.patterns)} cannot run on {pattern} q, k, v")
+        ladder = card.ladder(tokens) if settings is None and card.ladder is not None else (settings or dict(card.example),)
+        for setting in ladder:
+            inside = ", ".join(f"{key}={value}" for key, value in setting.items())
+            built[f"{name}({inside})"] = card.build(**setting)
+    return built
+
+
+def _row(
+    label: str, run: Any, wanted: Tensor, times: list[float], base: float, crossover: int | None, causal: bool, device: str
+) -> Row:
+    with recording() as records:
+        out = run()
+    density = next((record.density for record in records if record.density is not None), None)
+    tokens = wanted.shape[2]
+    if density is not None and causal:
+        density *= 2 * tokens / (tokens + 1)
+    error = float((out.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+    seconds = median(times)
+    return Row(
+        label, error, seconds, sum(record.select_seconds for record in records), base / seconds,
+        peak_bytes(run, device), density, crossover,
+    )  # fmt: skip
+
+
+def _crossovers(calls: dict[int, dict[str, Any]], device: str) -> dict[str, int]:
+    """For each label, the shortest length from which it is faster than dense at every longer one tried."""
+    faster: dict[int, set[str]] = {}
+    for length, by_label in calls.items():
+        times = {label: min(values) for label, values in interleaved(by_label, rounds=3, device=device).items()}
+        faster[length] = {label for label, seconds in times.items() if seconds < times["dense"]}
+    found: dict[str, int] = {}
+    for label in {label for labels in faster.values() for label in labels}:
+        for length in sorted(faster, reverse=True):
+            if label not in faster[length]:
+                break
+            found[label] = length
+    return found

@@ -1,0 +1,146 @@
+"""What a law is made of: problems, subjects, and the three ways it can end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from saccade.types import Geometry, Pattern
+
+
+class NotApplicable(Exception):
+    """The law says nothing about this mechanism; the message is the reason, taken from the card."""
+
+
+class Broken(Exception):
+    """The law does not hold; the message says where and by how much."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one law ended for one mechanism: "passed", "failed" or "skipped" (then `detail` is the reason)."""
+
+    law: int
+    title: str
+    status: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Inputs of one call: q `[B, H, M, D]`, k `[B, G, N, D]`, v `[B, G, N, E]` and their geometry."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    geometry: Geometry = Geometry()
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same problem in `dtype`."""
+        return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
+
+    def with_grad(self) -> Problem:
+        """Fresh leaves that ask for gradients."""
+        leaves = {name: getattr(self, name).detach().clone().requires_grad_() for name in ("q", "k", "v")}
+        return replace(self, **leaves)
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v."""
+        return self.q, self.k, self.v
+
+
+def make_problem(
+    *,
+    queries: int = 96,
+    keys: int | None = None,
+    batch: int = 2,
+    heads: int = 4,
+    groups: int = 2,
+    dim: int = 8,
+    causal: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Problem:
+    """Seeded inputs whose neighbours resemble each other, as tokens of a text or an image do."""
+    keys = queries if keys is None else keys
+    generator = torch.Generator().manual_seed(seed)
+
+    def smooth(*shape: int) -> Tensor:
+        noise = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return (noise + 0.5 * noise.roll(1, -2) + 0.25 * noise.roll(2, -2)).to(dtype).to(device)
+
+    return Problem(
+        smooth(batch, heads, queries, dim), smooth(batch, groups, keys, dim), smooth(batch, groups, keys, dim),
+        Geometry(causal=causal),
+    )  # fmt: skip
+
+
+def is_causal_capable(patterns: frozenset[Pattern]) -> bool:
+    """Whether the card lists causal self-attention."""
+    return Pattern.CAUSAL_SELF in patterns
+
+
+def expect(condition: bool, detail: str) -> None:
+    """Raise `Broken(detail)` unless `condition`."""
+    if not condition:
+        raise Broken(detail)
+
+
+def expect_close(got: Tensor, wanted: Tensor, what: str, tolerance: float = 1e-5) -> None:
+    """Largest difference at most `tolerance` of the largest wanted value, and no NaN."""
+    expect(got.shape == wanted.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(wanted.shape)}")
+    if got.numel() == 0:
+        return
+    expect(bool(torch.isfinite(got).all()), f"{what}: not finite")
+    error = float((got.double() - wanted.double()).abs().max())
+    scale = max(float(wanted.double().abs().max()), 1e-6)
+    expect(error <= tolerance * scale, f"{what}: differs by {error:.3g} where values reach {scale:.3g}")
+
+
+def expect_equal(got: Tensor, wanted: Tensor, what: str) -> None:
+    """Bit-equal."""
+    if not torch.equal(got, wanted):
+        raise Broken(f"{what}: differs by {float((got.double() - wanted.double()).abs().max()):.3g}, expected bit-equal")
+
+
+def gradients(run: Callable[[Problem], Tensor], problem: Problem, seed: int = 1) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Output and the gradients of q, k, v against a seeded cotangent."""
+    leaves = problem.with_grad()
+    out = run(leaves)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    grads = torch.autograd.grad(out, leaves.leaves, cotangent.to(out), allow_unused=True)
+    filled = tuple(
+        torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves.leaves, grads, strict=True)
+    )
+    return out.detach(), filled
+
+
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Inside, `torch.empty` and its kin return NaN (or the largest integer), so that an unwritten element shows."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = make(*args, **kwargs)
+            if tensor.device.type == "meta":
+                return tensor
+            if tensor.is_floating_point() or tensor.is_complex():
+                return tensor.fill_(float("nan"))
+            return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
+
+        return wrapped
+
+    with (
+        mock.patch.object(torch, "empty", poison(torch.empty)),
+        mock.patch.object(torch, "empty_like", poison(torch.empty_like)),
+        mock.patch.object(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty)),
+    ):
+        yield

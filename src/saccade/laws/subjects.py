@@ -1,0 +1,151 @@
+"""How each kind of mechanism is called on a problem, so that one law serves them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.catalog import Card
+from saccade.laws.base import NotApplicable, Problem, make_problem
+from saccade.ops import attend, block_attend, gather_attend
+from saccade.types import BlockLayout, Geometry, Kind, Pattern, TokenIndex
+
+PAIRWISE = frozenset({Kind.SELECTOR, Kind.SCORE, Kind.POSITION, Kind.HEADS, Kind.MIXER, Kind.INTERVENTION})
+"""Kinds that map q, k, v to an output like attention does."""
+
+
+class Subject:
+    """A mechanism under test.
+
+    Args:
+        card: Its card.
+        device: Where to run.
+        settings: Hyperparameters; None means the card's `example`.
+    """
+
+    def __init__(self, card: Card, device: str = "cpu", settings: Any = None) -> None:
+        self.card = card
+        self.device = device
+        torch.manual_seed(0)  # learned parts draw their first weights here
+        self.mechanism = card.build(**(card.example if settings is None else settings))
+        if isinstance(self.mechanism, nn.Module):
+            self.mechanism = self.mechanism.to(device).eval()
+
+    @property
+    def is_pairwise(self) -> bool:
+        """Whether it maps q, k, v to an output."""
+        return self.card.kind in PAIRWISE and callable(getattr(self, f"_run_{self.card.kind.name.lower()}", None))
+
+    def require_pairwise(self) -> None:
+        """Skip laws about q, k, v for other kinds."""
+        if not self.is_pairwise:
+            raise NotApplicable(f"a {self.card.kind} does not map q, k, v to an output")
+
+    def require(self, *capabilities: str) -> None:
+        """Skip with the capability the card lacks."""
+        for capability in capabilities:
+            if capability not in self.card.supports:
+                raise NotApplicable(f"the card does not list {capability!r}")
+
+    def require_causal(self) -> None:
+        """Skip if causal self-attention is not among the card's patterns."""
+        if Pattern.CAUSAL_SELF not in self.card.patterns:
+            raise NotApplicable("not defined for causal self-attention")
+
+    @property
+    def causal(self) -> bool:
+        """Whether problems are causal by default."""
+        return Pattern.CAUSAL_SELF in self.card.patterns
+
+    def problem(self, **sizes: Any) -> Problem:
+        """A problem this mechanism is defined for."""
+        if "gqa" not in self.card.supports:
+            sizes.setdefault("groups", sizes.get("heads", 4))
+        sizes.setdefault("causal", self.causal)
+        return make_problem(device=self.device, **sizes)
+
+    def run(self, problem: Problem, impl: str = "auto") -> Tensor:
+        """The output `[B, H, M, E]`."""
+        self.require_pairwise()
+        if isinstance(self.mechanism, nn.Module):
+            self.mechanism = self.mechanism.to(problem.q.dtype)
+        return getattr(self, f"_run_{self.card.kind.name.lower()}")(problem, impl)
+
+    def dense(self, problem: Problem, impl: str = "auto") -> Tensor:
+        """Exact softmax attention on the same problem."""
+        return attend(
+            *problem.leaves, causal=problem.geometry.causal, q_segments=problem.geometry.q_segments,
+            kv_segments=problem.geometry.kv_segments, impl=impl,
+        )  # fmt: skip
+
+    def frozen(self, problem: Problem) -> Callable[..., Any]:
+        """For a selector, the engine with the pairs it chose on `problem` held fixed; else the mechanism itself."""
+        if self.card.kind is Kind.SELECTOR:
+            return engine_of(self.mechanism.pattern(problem.q.detach(), problem.k.detach(), problem.geometry))
+        return lambda q, k, v, impl="auto": self.run(Problem(q, k, v, problem.geometry), impl)
+
+    def _run_selector(self, problem: Problem, impl: str) -> Tensor:
+        return self.mechanism(*problem.leaves, geometry=problem.geometry, impl=impl)
+
+    def _run_score(self, problem: Problem, impl: str) -> Tensor:
+        return self.mechanism(*problem.leaves, geometry=problem.geometry, impl=impl)
+
+    _run_intervention = _run_score
+
+    def _run_mixer(self, problem: Problem, impl: str) -> Tensor:
+        if impl == "reference":
+            raise NotApplicable("a mixer has one form here; its oracle in tests/oracles judges it")
+        return self.mechanism(*problem.leaves, geometry=problem.geometry)
+
+    def _run_position(self, problem: Problem, impl: str) -> Tensor:
+        last = problem.k.shape[2]
+        places = torch.arange(last, device=problem.k.device)
+        q = self.mechanism.encode(problem.q, places[last - problem.q.shape[2] :])
+        k = self.mechanism.encode(problem.k, places)
+        return attend(q, k, problem.v, causal=problem.geometry.causal, impl=impl)
+
+    def _run_heads(self, problem: Problem, impl: str) -> Tensor:
+        k, v = self.mechanism.share(problem.k, problem.v)
+        return attend(problem.q, k, v, causal=problem.geometry.causal, impl=impl)
+
+
+def engine_of(chosen: BlockLayout | TokenIndex) -> Callable[..., Any]:
+    """The engine that runs `chosen`, as a function of q, k, v."""
+    engine: Any = block_attend if isinstance(chosen, BlockLayout) else gather_attend
+    return lambda q, k, v, **options: engine(q, k, v, chosen, **options)
+
+
+def split_keys(chosen: BlockLayout | TokenIndex, at: int) -> list[tuple[slice, BlockLayout | TokenIndex]]:
+    """The choice restricted to keys before and from `at` (a multiple of the block size), each over its own keys."""
+    parts: list[tuple[slice, BlockLayout | TokenIndex]] = []
+    for keys in (slice(0, at), slice(at, chosen.keys)):
+        size = keys.stop - keys.start
+        if isinstance(chosen, BlockLayout):
+            mask = chosen.to_dense()[..., keys]
+            parts.append((keys, BlockLayout.from_dense(mask, chosen.block)))
+            continue
+        inside = (chosen.indices >= keys.start) & (chosen.indices < keys.stop)
+        if chosen.causal:
+            raise NotApplicable("its token lists are causal inside a group, which a key shard would shift")
+        parts.append((keys, TokenIndex(torch.where(inside, chosen.indices - keys.start, -1), chosen.queries, size, chosen.group)))
+    return parts
+
+
+def segments_of(lengths: list[list[int]], total: int, device: str) -> Tensor:
+    """Segment ids `[B, total]` of right-aligned packed lengths; what is left over in front is padding, -1."""
+    rows = []
+    for sizes in lengths:
+        ids = [-1] * (total - sum(sizes))
+        for number, size in enumerate(sizes):
+            ids += [number] * size
+        rows.append(ids)
+    return torch.tensor(rows, device=device)
+
+
+def packed(problem: Problem, ids: Tensor) -> Problem:
+    """The problem with these segments on both sides."""
+    geometry = Geometry(causal=problem.geometry.causal, q_segments=ids, kv_segments=ids)
+    return Problem(problem.q, problem.k, problem.v, geometry)

@@ -1,0 +1,92 @@
+"""What the tuner may put into a layer, and why the rest of the registry is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from saccade.catalog import cards, get
+from saccade.types import Kind, Pattern
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A mechanism with settings, or dense attention.
+
+    Args:
+        mechanism: Registry name, or "dense".
+        settings: Its hyperparameters.
+    """
+
+    mechanism: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """`name(setting=value, ...)`."""
+        inside = ", ".join(f"{name}={value}" for name, value in self.settings.items())
+        return f"{self.mechanism}({inside})" if inside else self.mechanism
+
+    @property
+    def key(self) -> str:
+        """A stable name for files."""
+        return json.dumps([self.mechanism, self.settings], sort_keys=True)
+
+    def build(self) -> Any:
+        """The mechanism.
+
+        Raises:
+            ValueError: If it is dense attention, which is no mechanism.
+        """
+        if self.mechanism == DENSE:
+            raise ValueError("mechanism='dense': expected a registered mechanism to build")
+        return get(self.mechanism).build(**self.settings)
+
+
+def find_candidates(context: int, names: Iterable[str] | None = None) -> tuple[list[Candidate], dict[str, str]]:
+    """Every training-free causal selector on its ladder at `context` tokens, and for the others why not.
+
+    Args:
+        context: Tokens of a prompt.
+        names: Only these mechanisms; None means all that apply.
+
+    Returns:
+        `(candidates, left_out)`: `left_out` maps each other mechanism to the reason.
+
+    Raises:
+        ValueError: If a name is unknown, or named but not applicable.
+    """
+    wanted = None if names is None else {get(name).name for name in names}
+    found: list[Candidate] = []
+    left_out: dict[str, str] = {}
+    for card in cards():
+        reason = _why_not(card)
+        if wanted is not None and card.name not in wanted:
+            left_out[card.name] = "not asked for"
+        elif reason is not None:
+            if wanted is not None:
+                raise ValueError(f"mechanisms={card.name!r}: cannot be tuned: {reason}")
+            left_out[card.name] = reason
+        else:
+            for settings in card.ladder(context):  # type: ignore[misc]
+                candidate = Candidate(card.name, dict(settings))
+                if candidate not in found:
+                    found.append(candidate)
+    return found, left_out
+
+
+def _why_not(card: Any) -> str | None:
+    """Why the tuner cannot use this mechanism in a pretrained language model, or None."""
+    if card.kind is not Kind.SELECTOR:
+        return f"a {card.kind} does not choose which pairs a layer computes"
+    if not card.training_free:
+        return "needs training"
+    if Pattern.CAUSAL_SELF not in card.patterns:
+        return "not causal"
+    if card.ladder is None:
+        return "its card has no ladder of settings"
+    return None
