@@ -132,6 +132,13 @@ def test_exact_setting_is_dense(tokens: int) -> None:
     assert mechanism.pattern(q, k, CAUSAL).density(causal=True) == 1.0
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(0, 0), (0, 8)])
+def test_no_tokens(queries: int, keys: int) -> None:
+    q, k, v = random_qkv(1, 2, 1, queries, keys)
+    out = MoBA()(q, k, v, geometry=CAUSAL)
+    assert torch.equal(out, torch.zeros(1, 2, queries, 9, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("tokens", [64, 256])
 def test_ladder_rises(tokens: int) -> None:
     q, k, _ = random_qkv(1, 2, 1, tokens, tokens)

@@ -167,6 +167,13 @@ def test_exact_setting_is_dense(causal: bool) -> None:
     assert layout.density(causal=causal) == 1.0
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(0, 0), (0, 8), (5, 0)])
+def test_no_tokens(queries: int, keys: int) -> None:
+    q, k, v = correlated_qkv(1, 2, 1, queries, keys)
+    out = Sparge()(q, k, v, geometry=Geometry())
+    assert torch.equal(out, torch.zeros(1, 2, queries, 9, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("tokens", [64, 256])
 def test_ladder_rises(tokens: int) -> None:
     q, k, _ = correlated_qkv(1, 2, 1, tokens, tokens)

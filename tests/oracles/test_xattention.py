@@ -127,6 +127,12 @@ def test_choice_ignores_later_blocks() -> None:
     assert torch.equal(before, mechanism.pattern(changed_q, changed_k, CAUSAL).to_dense()[:, :, :32])
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(0, 0), (0, 8), (5, 0)])
+def test_no_tokens(queries: int, keys: int) -> None:
+    q, k, v = random_qkv(1, 2, 1, queries, keys)
+    assert torch.equal(XAttention()(q, k, v), torch.zeros(1, 2, queries, 9, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_exact_setting_is_dense(causal: bool) -> None:
     q, k, _ = random_qkv(1, 2, 1, 50, 50)

@@ -153,7 +153,7 @@ class Sparge(Selector):
             first[..., :1] = True
         return torch.zeros_like(predicted, dtype=torch.bool).scatter_(-1, order, first)
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, q: Tensor, k: Tensor, v: Tensor, *, geometry: Geometry = PLAIN, **options: Any
     ) -> Tensor | AttentionOutput:  # fmt: skip
         """As for every selector; see the class for grids."""

@@ -94,13 +94,14 @@ class XAttention(Selector):
         beyond, real = starts >= k.shape[2], -(-q.shape[2] // self.stride)
         step = max(CHUNK_SCORES // max(q.shape[0] * q.shape[1] * len(starts), 1) // per_block, 1) * per_block
         parts = []
-        for first in range(0, q_groups.shape[2], step):
+        for first in range(0, max(q_groups.shape[2], 1), step):
             rows = q_groups[:, :, first : first + step]
             places = (torch.arange(rows.shape[2], device=q.device) + first) * self.stride + offset
             hidden = beyond | (starts > places[:, None]) if causal else beyond
             weights = head_scores(rows, k_groups).masked_fill(hidden, -float("inf")).softmax(-1).nan_to_num(0.0)
             weights[:, :, max(real - first, 0) :] = 0.0
-            parts.append(weights.unflatten(3, (-1, per_block)).sum(-1).unflatten(2, (-1, per_block)).sum(3))
+            blocks = (rows.shape[2] // per_block, per_block, len(starts) // per_block, per_block)
+            parts.append(weights.view(*weights.shape[:2], *blocks).sum((3, 5)))
         return torch.cat(parts, 2)
 
     def _groups(self, x: Tensor) -> Tensor:
