@@ -464,3 +464,42 @@ def test_bad_calls_are_refused(bad, message):
     call = {"q": q, "k": k, "v": v} | bad
     with pytest.raises(ValueError, match=message):
         attend(**call)
+
+
+LAWFUL = {
+    "sdpa": {"causal": True},
+    "eager": {"causal": True, "softcap": 2.0},
+    "window": {"causal": True, "window": (3, 0)},
+    "score_mod": {"causal": True, "score_mod": lambda score, b, h, i, j: score + i - j},
+}
+
+
+@pytest.mark.parametrize("rules", LAWFUL.values(), ids=LAWFUL)
+class TestLaws:
+    def test_the_future_does_not_change_the_past(self, rules):
+        q, k, v = problem(queries=9, keys=9, dtype=torch.float32)
+        before = attend(q, k, v, **rules)
+        for x in (q, k, v):
+            x[:, :, 6:] += 1
+        assert torch.equal(attend(q, k, v, **rules)[:, :, :6], before[:, :, :6])
+
+    def test_batches_are_independent(self, rules):
+        q, k, v = problem(dtype=torch.float32)
+        whole = attend(q, k, v, **rules)
+        v[1, 0, 0] = math.nan
+        assert torch.equal(attend(q, k, v, **rules)[0], whole[0])
+        torch.testing.assert_close(attend(q[:1], k[:1], v[:1], **rules), whole[:1])
+
+    def test_shared_heads_equal_repeated_heads(self, rules):
+        q, k, v = problem()
+        repeated = attend(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), **rules)
+        torch.testing.assert_close(attend(q, k, v, **rules), repeated, rtol=1e-12, atol=1e-12)
+
+
+def test_a_frozen_bias_parameter_is_served_by_sdpa():
+    q, k, v = problem()
+    bias = draw(9, seed=7, grad=True)
+    with torch.no_grad(), recording() as records:
+        out = attend(q, k, v, bias=bias)
+    assert records[0].impl == "sdpa"
+    torch.testing.assert_close(out, oracle(q, k, v, bias=bias.detach())[0])

@@ -9,7 +9,7 @@ with scores s (scaled, capped, biased, -inf where hidden) and a sink logit z if 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,12 @@ def fold(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).reshape(batch, groups, heads // groups * rows, dim)
 
 
+def covered(chunks: Sequence[Chunk]) -> tuple[int, int]:
+    """First and last + 1 of the keys that any chunk visits."""
+    visited = [chunk for chunk in chunks if chunk.low < chunk.high]
+    return min((chunk.low for chunk in visited), default=0), max((chunk.high for chunk in visited), default=0)
+
+
 def bias_slice(bias: Tensor, chunk: Chunk) -> Tensor:
     """The part of `bias` `[B or 1, H or 1, M or 1, N or 1]` that falls on a chunk (a view)."""
     rows = bias if bias.shape[2] == 1 else bias[:, :, chunk.start : chunk.stop]
@@ -75,11 +81,11 @@ def chunk_scores(
 ) -> tuple[Tensor, Tensor | None]:
     """Scores `[B, H, m, n]` of a chunk, -inf where hidden, and the tanh inside the softcap (None without one).
 
-    `queries` are folded; `sizes` is (B, H, M, N).
+    `queries` are folded, `keys` those of the chunk; `sizes` is (B, H, M, N).
     """
     batch, heads, total, length = sizes
     start, stop, low, high = chunk
-    scores = torch.matmul(queries * rules.scale, keys[:, :, low:high].mT).view(batch, heads, stop - start, high - low)
+    scores = torch.matmul(queries * rules.scale, keys.mT).view(batch, heads, stop - start, high - low)
     tanh = None
     if rules.softcap is not None:
         tanh = torch.tanh(scores / rules.softcap)
@@ -94,18 +100,21 @@ def forward(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, Tens
     """`out` `[B, H, M, E]` in the inputs' dtype and `lse` `[B, H, M]`. Keys and values must be finite where hidden."""
     dtype = accumulation_dtype(q.dtype)
     (batch, heads, total, _), groups, length = q.shape, k.shape[1], k.shape[2]
-    keys, values = k.to(dtype).contiguous(), v.to(dtype).contiguous()
+    work = list(plan(q, k, rules))
+    first, last = covered(work)
+    keys, values = (x[:, :, first:last].to(dtype).contiguous() for x in (k, v))
     out = q.new_empty(batch, heads, total, v.shape[3])
     lse = q.new_empty(batch, heads, total, dtype=dtype)
     sinks = None if rules.sinks is None else rules.sinks.to(dtype)[:, None, None]
-    for chunk in plan(q, k, rules):
+    for chunk in work:
         start, stop, low, high = chunk
+        seen = slice(low - first, high - first)
         if low == high:
             out[:, :, start:stop] = 0
             lse[:, :, start:stop] = -torch.inf if sinks is None else sinks[..., 0]
             continue
         queries = fold(q[:, :, start:stop], groups, dtype)
-        scores, _ = chunk_scores(queries, keys, chunk, rules, (batch, heads, total, length))
+        scores, _ = chunk_scores(queries, keys[:, :, seen], chunk, rules, (batch, heads, total, length))
         top = scores.amax(-1, keepdim=True)
         top = top if sinks is None else torch.maximum(top, sinks)
         top = top.masked_fill(top == -torch.inf, 0.0)
@@ -113,7 +122,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, Tens
         mass = weights.sum(-1, keepdim=True)
         mass = mass if sinks is None else mass + torch.exp(sinks - top)
         lse[:, :, start:stop] = (mass.log() + top)[..., 0]
-        part = torch.matmul(weights.view(batch, groups, -1, high - low), values[:, :, low:high])
+        part = torch.matmul(weights.view(*queries.shape[:3], high - low), values[:, :, seen])
         out[:, :, start:stop] = part.view(out[:, :, start:stop].shape).div_(mass.masked_fill(mass == 0, 1.0))
     return out, lse
 
@@ -135,7 +144,7 @@ def backward(
         row_grad = lse.new_zeros(()) if grad_lse is None else grad_lse[:, :, start:stop, None].to(dtype)
         row_grad = torch.where(row_lse == -torch.inf, 0.0, row_grad)
         queries, grads = (fold(x[:, :, start:stop], groups, dtype) for x in (q, grad_out))
-        scores, tanh = chunk_scores(queries, keys, chunk, rules, (batch, heads, total, length))
+        scores, tanh = chunk_scores(queries, keys[:, :, low:high], chunk, rules, (batch, heads, total, length))
         row_lse = row_lse.masked_fill(row_lse == -torch.inf, torch.inf)
         weights = scores.sub_(row_lse).exp_()
         dscores = torch.matmul(grads, values[:, :, low:high].mT).view(weights.shape)

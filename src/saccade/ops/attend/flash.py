@@ -38,7 +38,7 @@ def refuses(call: Mapping[str, Any]) -> str | None:
         return "a window is not in PyTorch's fused kernel"
     if bias is None:
         return None
-    if bias.requires_grad:
+    if bias.requires_grad and torch.is_grad_enabled():
         return "PyTorch's fused kernel has no gradient of bias"
     if bias.dtype != q.dtype:
         return f"bias is {bias.dtype}, PyTorch's fused kernel expects {q.dtype}"

@@ -73,11 +73,10 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rules = Rules(left, right, softcap, scale, workspace, bias, sinks, q_segments, kv_segments)
     with no_autocast(q.device):
-        finite = all(is_finite(x) for x in (q, k, v, grad_out))
-        if not finite:
+        if not all(is_finite(x) for x in (q, k, v, grad_out)):
             bad, dead = bad_tokens(k, v), lse == -torch.inf
             q, grad_out, k, v = without(q, dead), without(grad_out, dead), without(k, bad), without(v, bad)
-        if impl == "sdpa" and finite and grad_lse is None and not bias_grad:
+        if impl == "sdpa" and grad_lse is None and not bias_grad:
             grads = flash.backward(grad_out, q, k, v, out, lse, rules)
         else:
             grads = eager.backward(grad_out, grad_lse, q, k, v, lse, rules, bias_grad)
