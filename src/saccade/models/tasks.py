@@ -184,7 +184,9 @@ def check_head(model: Any) -> None:
     expected = model(input_ids=ids, use_cache=False).logits[0]
     found = logits(model, last_hidden_states(model, ids))
     if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
-        raise ValueError(f"model of type {type(model).__name__}: its logits are not its output layer's, as expected here")
+        raise ValueError(
+            f"model of type {type(model).__name__}: its logits are not its output layer's, as expected here"
+        )
 
 
 ASK = "Read the text. A pass key is hidden in it. Remember the pass key.\n\n"
