@@ -30,6 +30,8 @@ class Row:
         select_seconds: Time spent choosing the pairs.
         refused: Faster implementations of the engine that were passed over, and why.
         fallback: Why dense attention ran instead of the mechanism, or None.
+        rule: The recipe's own rule by which dense attention ran, or None.
+        seconds: Time of the whole layer's attention in that call.
     """
 
     layer: str
@@ -45,6 +47,8 @@ class Row:
     select_seconds: float = 0.0
     refused: dict[str, str] | None = None
     fallback: str | None = None
+    rule: str | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Explanation:
     def __str__(self) -> str:
         if not self.applied:
             return f"{self.model}: no recipe is applied; attention is {self.former!r}"
-        head = ("layer", "phase", "heads", "installed", "ran", "density", "select ms", "M x N", "fallback")
+        head = ("layer", "phase", "heads", "installed", "ran", "density", "select ms", "M x N", "dense because")
         lines = [head, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
         table = [
@@ -121,6 +125,8 @@ def _row(state: LayerState, phase: str, route: Route, last: CallReport, report: 
         select_seconds=sum(run.select_seconds for run in report.runs),
         refused={name: reason for run in engines for name, reason in run.refused.items()},
         fallback=report.fallback,
+        rule=report.rule,
+        seconds=last.seconds,
     )
 
 
@@ -135,5 +141,5 @@ def _cells(row: Row) -> tuple[str, ...]:
         "" if row.density is None else f"{row.density:.3f}",
         f"{row.select_seconds * 1e3:.1f}" if row.select_seconds else "",
         f"{row.queries} x {row.keys}" if row.ran else "",
-        "" if row.fallback is None else row.fallback,
+        next((reason for reason in (row.fallback, row.rule) if reason is not None), ""),
     )

@@ -42,11 +42,13 @@ class Choice:
         heads: "all", or indices of query heads, ascending.
         mechanism: Registry name, or "dense".
         settings: Hyperparameters of the mechanism; what is left out has its default. Lists are held as tuples.
+        min_tokens: Calls with fewer keys run dense, which is faster below the crossover length.
     """
 
     heads: Literal["all"] | tuple[int, ...]
     mechanism: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", frozen(self.heads))
@@ -188,7 +190,13 @@ def cover(choices: tuple[Choice, ...], heads: int | None, where: str) -> None:
 
 def _dump(choices: tuple[Choice, ...]) -> list[dict[str, Any]]:
     return [
-        {"heads": choice.heads, "mechanism": choice.mechanism, "settings": dict(choice.settings)} for choice in choices
+        {
+            "heads": choice.heads,
+            "mechanism": choice.mechanism,
+            "settings": dict(choice.settings),
+            "min_tokens": choice.min_tokens,
+        }
+        for choice in choices
     ]
 
 
@@ -208,8 +216,8 @@ def _choices(value: Any, where: str, heads: int | None) -> tuple[Choice, ...]:
 
 def _choice(value: Any, where: str) -> Choice:
     tree = expect_object(value, where)
-    expect_keys(tree, where, ("heads", "mechanism", "settings"))
-    heads, mechanism = tree["heads"], tree["mechanism"]
+    expect_keys(tree, where, ("heads", "mechanism", "settings"), optional=("min_tokens",))
+    heads, mechanism, min_tokens = tree["heads"], tree["mechanism"], tree.get("min_tokens", 0)
     if heads != "all":
         good = isinstance(heads, list) and heads and all(type(head) is int and head >= 0 for head in heads)
         if not good or sorted(set(heads)) != heads:
@@ -219,7 +227,9 @@ def _choice(value: Any, where: str) -> Choice:
     settings = expect_object(tree["settings"], f"{where}.settings")
     if mechanism == DENSE and settings:
         raise RecipeError(f"{where}.settings={shown(settings)}: dense attention has none")
-    return Choice(heads, mechanism, settings)
+    if type(min_tokens) is not int or min_tokens < 0:
+        raise RecipeError(f"{where}.min_tokens={shown(min_tokens)}: expected a count of at least 0")
+    return Choice(heads, mechanism, settings, min_tokens)
 
 
 def _fingerprint(value: Any) -> Fingerprint:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -45,12 +45,24 @@ class Route:
         mechanism: The mechanism built from it, or None for dense attention.
         heads: Query heads, or None for all.
         kv_heads: Key/value heads for these, in order: as many as the query heads or a divisor; None for all.
+        rule: Why the recipe itself makes this call dense, or None.
     """
 
     choice: Choice
     mechanism: Any | None
     heads: tuple[int, ...] | None = None
     kv_heads: tuple[int, ...] | None = None
+    rule: str | None = None
+
+    def at(self, keys: int) -> Route:
+        """The route of a call with so many keys: dense below the choice's `min_tokens`."""
+        if self.mechanism is None or keys >= self.choice.min_tokens:
+            return self
+        return replace(self, mechanism=None, rule=f"dense below {self.choice.min_tokens:,} tokens")
+
+    def report(self, fallback: str | None = None) -> HeadsReport:
+        """A report to fill in."""
+        return HeadsReport(self.choice.heads, self.choice.mechanism, fallback, self.rule)
 
 
 @dataclass
@@ -61,12 +73,14 @@ class HeadsReport:
         heads: "all", or query heads.
         mechanism: Name in the recipe.
         fallback: Why dense attention ran instead, or None if the mechanism ran.
+        rule: The recipe's own rule by which dense attention ran, or None.
         runs: Engine calls; empty if the model's former attention ran.
     """
 
     heads: Literal["all"] | tuple[int, ...]
     mechanism: str
     fallback: str | None = None
+    rule: str | None = None
     runs: list[RunRecord] = field(default_factory=list)
 
 
@@ -153,7 +167,7 @@ def _run(
     route: Route, q: Tensor, k: Tensor, v: Tensor, reading: Reading, extras: Extras, keep_records: bool
 ) -> tuple[Tensor, HeadsReport]:
     """One group of heads; dense attention on the same pairs where its mechanism cannot run."""
-    report = HeadsReport(route.choice.heads, route.choice.mechanism)
+    report = route.report()
     if route.mechanism is not None:
         report.fallback = refusal(route.mechanism, q, k, reading, extras)
     if not keep_records or torch.compiler.is_compiling():

@@ -8,7 +8,9 @@ models without a recipe). All else is kept on the model's own modules and goes a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from saccade.plug.fingerprint import fingerprint
 from saccade.plug.layers import INTERFACE, attention_layers, forward_globals
 from saccade.plug.masks import MaskPlan, Reading, UnreadableMaskError, build_plan, read_bare
-from saccade.plug.recipe import PHASES, LayerRecipe, Recipe, cover
+from saccade.plug.recipe import DENSE, PHASES, LayerRecipe, Recipe, cover
 from saccade.plug.route import Extras, HeadsReport, Route, build_route, refusal, run_routes
 from saccade.plug.strict_json import RecipeError
 
@@ -35,11 +37,33 @@ FOREIGN = ("position_bias", "cache", "head_mask", "layer_head_mask", "alibi")
 
 @dataclass
 class CallReport:
-    """What a layer did in its last call of a phase: numbers of queries and keys, and each group of heads."""
+    """What a layer did in its last call of a phase: numbers of queries and keys, each group of heads, and seconds."""
 
     queries: int
     keys: int
     heads: list[HeadsReport]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What a layer's attention is about to run on.
+
+    Args:
+        layer: Name of the module.
+        module: The module.
+        q: `[B, H, M, D]`, positions already in.
+        k: `[B, G, N, D]`.
+        v: `[B, G, N, E]`.
+        scale: Factor on q k^T; None means D^-0.5.
+    """
+
+    layer: str
+    module: nn.Module
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float | None
 
 
 @dataclass
@@ -53,6 +77,7 @@ class LayerState:
         strict: Raise instead of falling back to dense attention.
         keep_records: Keep a `CallReport` of each phase's last call.
         last: These reports.
+        observe: Is shown the inputs of every call.
     """
 
     name: str
@@ -61,6 +86,7 @@ class LayerState:
     strict: bool = False
     keep_records: bool = True
     last: dict[str, CallReport] = field(default_factory=dict)
+    observe: Callable[[Observation], None] | None = None
 
 
 class Handle:
@@ -198,25 +224,37 @@ def attention(
     state: LayerState | None = module.__dict__.get(STATE)
     if state is None:
         raise RuntimeError(f"{type(module).__name__} uses the attention implementation {NAME!r} without a recipe")
-    phase = "decode" if query.shape[2] == 1 else "prefill"
-    routes = state.routes.get(phase, ())
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions=True: expected False, mechanisms return no attention maps; undo() first")
+    if state.observe is not None:
+        state.observe(Observation(state.name, module, query, key, value, kwargs.get("scaling")))
+    phase = "decode" if query.shape[2] == 1 else "prefill"
+    started = time.perf_counter()
+    out, weights, reports = _run(state, state.routes.get(phase, ()), module, query, key, value, attention_mask, kwargs)
+    if state.keep_records and reports and not torch.compiler.is_compiling():
+        state.last[phase] = CallReport(query.shape[2], key.shape[2], reports, time.perf_counter() - started)
+    return out, weights
+
+
+def _run(
+    state: LayerState, routes: tuple[Route, ...], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None, list[HeadsReport]]:  # fmt: skip
+    """The layer's attention, and what each group of heads did."""
+    routes = tuple(route.at(key.shape[2]) for route in routes)
     if all(route.mechanism is None for route in routes):
-        reports = [HeadsReport(route.choice.heads, route.choice.mechanism) for route in routes]
-        return _former(state, module, query, key, value, attention_mask, reports, kwargs)
+        return *_former(state, module, query, key, value, mask, kwargs), [route.report() for route in routes]
     extras = Extras(kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
-    reading, reason = _read(module, query, key, attention_mask, kwargs)
+    reading, reason = _read(module, query, key, mask, kwargs)
     if reading is not None and len(routes) == 1:
         reason = refusal(routes[0].mechanism, query, key[:, :, : reading.keys], reading, extras)
     if reading is None or reason is not None:
-        reports = [HeadsReport(route.choice.heads, route.choice.mechanism, reason) for route in routes]
+        reports = [route.report(reason) for route in routes]
         _raise_if_strict(state, reports)
-        return _former(state, module, query, key, value, attention_mask, reports, kwargs)
+        return *_former(state, module, query, key, value, mask, kwargs), reports
     out, reports = run_routes(routes, query, key, value, reading, extras, state.keep_records)
     _raise_if_strict(state, reports)
-    _keep(state, query, key, reports)
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous(), None, reports
 
 
 def _read(
@@ -242,16 +280,14 @@ def _read(
 
 
 def _former(
-    state: LayerState, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any,
-    reports: list[HeadsReport], kwargs: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    state: LayerState, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
     """Exactly what the model ran before `apply`."""
     names = forward_globals(module)
     known = state.former_name in names[INTERFACE]
     function: Callable[..., Any] = names[INTERFACE][state.former_name] if known else names["eager_attention_forward"]
     if isinstance(mask, MaskPlan):
         mask = mask.former(state.former_name)
-    _keep(state, query, key, reports)
     out, weights = function(module, query, key, value, mask, **kwargs)
     return out, weights
 
@@ -262,7 +298,16 @@ def _raise_if_strict(state: LayerState, reports: list[HeadsReport]) -> None:
             raise RuntimeError(f"strict=True: {state.name} cannot run {report.mechanism}: {report.fallback}")
 
 
-def _keep(state: LayerState, query: Tensor, key: Tensor, reports: list[HeadsReport]) -> None:
-    if state.keep_records and reports and not torch.compiler.is_compiling():
-        phase = "decode" if query.shape[2] == 1 else "prefill"
-        state.last[phase] = CallReport(query.shape[2], key.shape[2], reports)
+
+@contextmanager
+def watch(model: nn.Module, observe: Callable[[Observation], None]) -> Iterator[None]:
+    """Inside, every attention layer of `model` shows its queries, keys and values to `observe`, then runs as it was.
+
+    Raises:
+        ValueError: If the model cannot be patched, or has a recipe applied.
+    """
+    with apply(model, Recipe.uniform(model, DENSE), record=False):
+        for module in model.modules():
+            if STATE in module.__dict__:
+                module.__dict__[STATE].observe = observe
+        yield
