@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saccade.mechanisms.where.sparge import Sparge, hilbert_order
+from saccade.mechanisms.where.sparge import Sparge
 from saccade.types import Geometry
 
 CAUSAL = Geometry(causal=True)
@@ -114,42 +114,6 @@ def test_choice_ignores_later_blocks() -> None:
     mechanism = Sparge(cdf=0.5, similarity=0.3, block_q=8, block_k=4)
     before = mechanism.pattern(q, k, CAUSAL).to_dense()[:, :, :32]
     assert torch.equal(before, mechanism.pattern(changed_q, changed_k, CAUSAL).to_dense()[:, :, :32])
-
-
-@pytest.mark.parametrize("grid", [(8, 8), (16, 16), (4, 4, 4), (8, 8, 8), (7,)])
-def test_hilbert_curve_moves_one_cell_at_a_time(grid: tuple[int, ...]) -> None:
-    cells = torch.stack(torch.unravel_index(hilbert_order(grid), grid), 1)
-    assert len(cells.unique(dim=0)) == math.prod(grid)
-    assert bool((cells.diff(dim=0).abs().sum(1) == 1).all())
-
-
-@pytest.mark.parametrize("grid", [(3, 5), (2, 3, 6), (1, 9)])
-def test_hilbert_curve_visits_every_cell_of_any_grid(grid: tuple[int, ...]) -> None:
-    assert hilbert_order(grid).sort().values.tolist() == list(range(math.prod(grid)))
-
-
-def test_hilbert_curve_of_four_cells() -> None:
-    assert hilbert_order((2, 2)).tolist() in ([0, 1, 3, 2], [0, 2, 3, 1])
-
-
-@pytest.mark.parametrize(("prefix", "suffix"), [(0, 0), (3, 0), (2, 5)])
-def test_grid_is_reordered_and_put_back(prefix: int, suffix: int) -> None:
-    grid = (4, 8)
-    tokens = prefix + 32 + suffix
-    q, k, v = correlated_qkv(1, 2, 1, tokens, tokens)
-    mechanism = Sparge(cdf=0.4, similarity=0.2, block_q=8, block_k=4)
-    order = [*range(prefix), *(prefix + cell for cell in hilbert_order(grid).tolist()), *range(prefix + 32, tokens)]
-    moved = [x[:, :, order] for x in (q, k, v)]
-    geometry = Geometry(grid=grid, prefix=prefix, suffix=suffix)
-    out, lse = mechanism(q, k, v, geometry=geometry, return_lse=True)
-    mask = oracle_mask(moved[0], moved[1], mechanism, causal=False)
-    if prefix or suffix:  # the prediction is without the blocks outside the grid, which the oracle does not know
-        mask = mechanism.pattern(moved[0], moved[1], geometry).to_dense()
-    outside = [*range(prefix), *range(prefix + 32, tokens)]
-    assert bool(mask[:, :, outside].all())
-    assert bool(mask[:, :, :, outside].all())
-    torch.testing.assert_close(out[:, :, order], attention(*moved, mask), atol=1e-10, rtol=0)
-    assert lse.shape == (1, 2, tokens)
 
 
 def test_grid_of_another_size_is_refused() -> None:
