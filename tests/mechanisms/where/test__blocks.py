@@ -30,7 +30,7 @@ def test_head_scores_share_keys() -> None:
     ("queries", "keys", "block"), [(16, 16, (4, 4)), (13, 13, (6, 4)), (5, 21, (4, 3)), (9, 4, (2, 3))]
 )
 def test_causal_visibility(queries: int, keys: int, block: tuple[int, int]) -> None:
-    past, edge = block_visibility(queries, keys, block, True, torch.device("cpu"))
+    past, edge = block_visibility(queries, keys, block, causal=True, device=torch.device("cpu"))
     for i in range(past.shape[0]):
         places = [m + keys - queries for m in range(i * block[0], min((i + 1) * block[0], queries))]
         for j in range(past.shape[1]):
@@ -40,6 +40,6 @@ def test_causal_visibility(queries: int, keys: int, block: tuple[int, int]) -> N
 
 
 def test_everything_is_past_without_causality() -> None:
-    past, edge = block_visibility(9, 4, (2, 3), False, torch.device("cpu"))
+    past, edge = block_visibility(9, 4, (2, 3), causal=False, device=torch.device("cpu"))
     assert bool(past.all())
     assert not bool(edge.any())

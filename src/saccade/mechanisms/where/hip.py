@@ -65,8 +65,8 @@ class HiP(Selector):
         sinks: First tokens that stay visible.
         block_q: Queries per block.
         block_k: Keys per block.
-        query_stride: Every which query of a block is asked.
-        key_stride: Every which key of a representative block is scored.
+        query_stride: One query in this many of a block takes part in the search.
+        key_stride: One key in this many of a representative block is scored.
     """
 
     budget: int = 512
