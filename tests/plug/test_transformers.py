@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from saccade.plug import Choice, LayerRecipe, Recipe, RecipeError, apply, explain
 from torch import Tensor, nn
+
+from saccade.plug import Choice, LayerRecipe, Recipe, RecipeError, apply, explain
 
 Build = Callable[..., Any]
 WIDE = {"window": 256, "sinks": 0, "block": 16}
@@ -173,6 +174,20 @@ def test_heads_of_one_layer_may_differ(tiny: Build, ids: Tensor, split: tuple[tu
     assert tuple(changed.nonzero()[:, 0].tolist()) == split[0]
 
 
+def test_below_the_crossover_length_dense_attention_runs(tiny: Build, ids: Tensor) -> None:
+    model = tiny()
+    before = logits(model, input_ids=ids)
+    base = Recipe.uniform(model, "dense")
+    for keys, engine in ((41, "model's sdpa"), (40, "block_attend:")):
+        choice = (Choice("all", "sink_window", NARROW, min_tokens=keys),)
+        with apply(model, Recipe(base.model, dict.fromkeys(base.layers, LayerRecipe(choice, choice))), strict=True):
+            found = logits(model, input_ids=ids)
+            row = explain(model).rows[0]
+        assert row.engine.startswith(engine)
+        assert row.rule == ("dense below 41 tokens" if keys == 41 else None)
+        assert torch.equal(found, before) == (keys == 41)
+
+
 def test_unnamed_layers_stay_as_they_are(tiny: Build, ids: Tensor) -> None:
     model = tiny()
     recipe = Recipe.uniform(model, "sink_window", NARROW)
@@ -236,9 +251,9 @@ def test_gradients_flow_through_an_applied_recipe(tiny: Build, ids: Tensor) -> N
 
 def test_output_attentions_is_refused(tiny: Build, ids: Tensor) -> None:
     model = tiny()
-    with apply(model, Recipe.uniform(model, "sink_window", NARROW)):
-        with pytest.raises(ValueError, match="output_attentions=True: expected False"):
-            model(ids, output_attentions=True)
+    refused = pytest.raises(ValueError, match="output_attentions=True: expected False")
+    with apply(model, Recipe.uniform(model, "sink_window", NARROW)), refused:
+        model(ids, output_attentions=True)
     eager = tiny(attn_implementation="eager")
     eager.config.output_attentions = True
     with pytest.raises(ValueError, match="config.output_attentions=True: expected False"):
@@ -271,9 +286,8 @@ def test_what_cannot_be_applied_changes_nothing(tiny: Build, ids: Tensor) -> Non
 def test_a_second_recipe_is_refused_and_a_third_after_undo_accepted(tiny: Build, ids: Tensor) -> None:
     model = tiny()
     recipe = Recipe.uniform(model, "sink_window", NARROW)
-    with apply(model, recipe):
-        with pytest.raises(ValueError, match="a recipe is applied already, call undo"):
-            apply(model, recipe)
+    with apply(model, recipe), pytest.raises(ValueError, match="a recipe is applied already, call undo"):
+        apply(model, recipe)
     with apply(model, recipe):
         assert explain(model).applied
 
@@ -290,7 +304,7 @@ def test_models_that_cannot_be_patched_are_refused(tiny: Build) -> None:
     sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     t5 = T5ForConditionalGeneration(T5Config(**sizes))
     former = t5.config._attn_implementation
-    with pytest.raises(ValueError, match="model of type T5ForConditionalGeneration: its"):
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration: its class does not"):
         apply(t5, recipe)
     assert t5.config._attn_implementation == former
 

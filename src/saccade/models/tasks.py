@@ -214,7 +214,7 @@ def passkey_prompts(
     for depth in depths:
         if not 0 <= depth <= 1:
             raise ValueError(f"depth={depth}: expected a number in [0, 1]")
-    generator = random.Random(seed)
+    generator = random.Random(seed)  # noqa: S311 - reproducible, not secret
     prompts = []
     for length in lengths:
         for depth in depths:
@@ -241,10 +241,8 @@ def _prompt_ids(tokenizer: Any, before: str, after: str, key: str) -> list[int]:
     if tokenizer.chat_template is not None:
         turn = [{"role": "user", "content": content}]
         content = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = tokenizer(content + REPLY, add_special_tokens=False).input_ids
-        return ids
-    ids = tokenizer(content + "\n\n" + REPLY).input_ids
-    return ids
+        return tokenizer(content + REPLY, add_special_tokens=False).input_ids
+    return tokenizer(content + "\n\n" + REPLY).input_ids
 
 
 @torch.no_grad()

@@ -206,5 +206,4 @@ def _mechanism(mechanism: Any, q: Tensor, k: Tensor, v: Tensor, reading: Reading
         return out
     chosen = mechanism.pattern(q.detach(), k.detach(), reading.geometry)
     engine: Any = block_attend if isinstance(chosen, BlockLayout) else gather_attend
-    out = engine(q, k, v, chosen, softcap=extras.softcap, sinks=extras.sinks, scale=extras.scale)
-    return out
+    return engine(q, k, v, chosen, softcap=extras.softcap, sinks=extras.sinks, scale=extras.scale)

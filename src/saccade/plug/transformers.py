@@ -5,6 +5,8 @@
 models without a recipe). All else is kept on the model's own modules and goes away with `Handle.undo`.
 """
 
+# ruff: noqa: SLF001 - transformers has no public way to set one config's attention implementation alone.
+
 from __future__ import annotations
 
 import difflib
@@ -12,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +114,7 @@ class Handle:
             module.__dict__.pop(STATE, None)
         self._configs, self._modules = [], []
 
-    def __enter__(self) -> Handle:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *failure: object) -> None:
@@ -237,8 +239,8 @@ def attention(
 
 
 def _run(
-    state: LayerState, routes: tuple[Route, ...], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any,
-    kwargs: dict[str, Any],
+    state: LayerState, routes: tuple[Route, ...], module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    mask: Any, kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None, list[HeadsReport]]:  # fmt: skip
     """The layer's attention, and what each group of heads did."""
     routes = tuple(route.at(key.shape[2]) for route in routes)
@@ -296,7 +298,6 @@ def _raise_if_strict(state: LayerState, reports: list[HeadsReport]) -> None:
     for report in reports if state.strict else ():
         if report.fallback is not None:
             raise RuntimeError(f"strict=True: {state.name} cannot run {report.mechanism}: {report.fallback}")
-
 
 
 @contextmanager

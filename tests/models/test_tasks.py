@@ -1,0 +1,140 @@
+"""`saccade.models.tasks` on a tiny random model and a word-level tokenizer made here."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from saccade.models import tasks
+from saccade.models.tasks import (
+    check_head,
+    language_score,
+    last_hidden_states,
+    passkey_prompts,
+    passkey_results,
+    perplexity,
+    text_windows,
+    token_kl,
+    token_log_probs,
+)
+
+transformers = pytest.importorskip("transformers")
+
+
+def tiny(family: str = "Llama", **changes: Any) -> Any:
+    sizes = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes, **changes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+class Characters:
+    """A tokenizer with one token per character."""
+
+    pad_token_id = 0
+    chat_template = None
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        return type("Encoding", (), {"input_ids": [ord(letter) % 40 for letter in text]})
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return "".join(chr(48 + int(i) % 10) for i in ids)
+
+
+def test_windows_do_not_overlap_and_are_spread() -> None:
+    ids = torch.arange(103)
+    torch.testing.assert_close(text_windows(ids, 10), torch.arange(100).view(10, 10))
+    torch.testing.assert_close(text_windows(ids, 10, 3)[:, 0], torch.tensor([0, 40, 90]))
+    for message, context, count in (
+        ("context=1: expected at least 2", 1, None),
+        ("count=0: expected at least 1", 10, 0),
+        ("text of 103 tokens: expected at least one window of 200", 200, None),
+    ):
+        with pytest.raises(ValueError, match=message):
+            text_windows(ids, context, count)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Cohere", "Granite"])
+def test_score_is_that_of_the_models_own_loss(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "SLICE", 7)
+    model = tiny(family, **({"logits_scaling": 3.0} if family == "Granite" else {}))
+    ids = torch.randint(40, (45,), generator=torch.Generator().manual_seed(0))
+    windows = text_windows(ids, 20)
+    expected = sum(float(model(window[None], labels=window[None]).loss) for window in windows) / 2
+    score = language_score(model, windows)
+    assert score.tokens == 38
+    assert score.nll == pytest.approx(expected, rel=1e-5)
+    assert score.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
+    assert perplexity(model, ids, 20) == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def test_divergence_from_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "SLICE", 7)
+    model = tiny()
+    windows = torch.randint(40, (2, 20), generator=torch.Generator().manual_seed(0))
+    kept: list[torch.Tensor] = []
+    language_score(model, windows, keep=kept)
+    assert language_score(model, windows, kept).kl == pytest.approx(0, abs=1e-6)
+    hidden = [last_hidden_states(model, window) * 1.1 for window in windows]
+    with torch.no_grad():
+        p, q = (model.lm_head(states).double().log_softmax(-1) for states in (kept[0], hidden[0]))
+    torch.testing.assert_close(
+        token_kl(model, kept[0], hidden[0]).double(), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-6
+    )
+    expected = q[:-1].gather(1, windows[0, 1:, None])[:, 0]
+    torch.testing.assert_close(token_log_probs(model, hidden[0], windows[0]).double(), expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="reference of 1 windows: expected 2"):
+        language_score(model, windows, kept[:1])
+    with pytest.raises(ValueError, match=r"reference of shape \(19, 16\): expected \(20, 16\)"):
+        token_kl(model, kept[0][1:], hidden[0])
+
+
+def test_a_model_with_other_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    check_head(model)
+    monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: torch.nn.Linear(16, 40))
+    with pytest.raises(ValueError, match="LlamaForCausalLM: its logits are not its output layer's"):
+        check_head(model)
+
+
+def test_passkey_prompts_are_deterministic_and_as_long_as_asked() -> None:
+    prompts = passkey_prompts(Characters(), [300, 400], [0.0, 0.5, 1.0], seed=3)
+    again = passkey_prompts(Characters(), [300, 400], [0.0, 0.5, 1.0], seed=3)
+    assert [prompt.ids.shape[1] for prompt in prompts] == [300] * 3 + [400] * 3
+    assert len({prompt.answer for prompt in prompts}) == 6
+    for one, two in zip(prompts, again, strict=True):
+        assert one.answer == two.answer
+        torch.testing.assert_close(one.ids, two.ids)
+    with pytest.raises(ValueError, match="depth=1.5: expected a number in"):
+        passkey_prompts(Characters(), [300], [1.5])
+    with pytest.raises(ValueError, match="length=20: too short for the question"):
+        passkey_prompts(Characters(), [20], [0.5])
+
+
+def test_the_number_is_found_where_the_depth_says() -> None:
+    tokenizer = Characters()
+    for prompt in passkey_prompts(tokenizer, [2000], [0.1, 0.9]):
+        needle = tokenizer(prompt.answer).input_ids
+        ids = prompt.ids[0].tolist()
+        places = [place for place in range(len(ids)) if ids[place : place + 5] == needle]
+        assert places
+        assert abs(places[0] / 2000 - prompt.depth) < 0.1
+
+
+def test_passkey_results_read_the_greedy_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny(), Characters()
+    prompt = passkey_prompts(tokenizer, [300], [0.5])[0]
+    result = passkey_results(model, tokenizer, [prompt], new_tokens=3)[0]
+    assert len(result.reply) <= 3
+    assert not result.found
+    answer = torch.tensor([[ord(letter) % 10 for letter in prompt.answer]])
+    monkeypatch.setattr(type(model), "generate", lambda self, ids, **_: torch.cat([ids, (answer + 2) % 10], 1))
+    assert passkey_results(model, tokenizer, [prompt])[0].found
