@@ -72,6 +72,14 @@ class PasskeyResult:
 def text_windows(ids: Tensor, context: int, count: int | None = None) -> Tensor:
     """Cut token ids `[n]` or `[1, n]` into windows `[W, context]` that do not overlap; at most `count`, evenly spread.
 
+    Args:
+        ids: int64 `[n]` or `[1, n]`.
+        context: Tokens of a window.
+        count: Most windows to take; None means all.
+
+    Returns:
+        int64 `[W, context]`.
+
     Raises:
         ValueError: If the text is shorter than one window, or a number is out of range.
     """
@@ -107,6 +115,9 @@ def language_score(
         windows: Token ids `[W, N]`; each window is read on its own.
         reference: For each window the hidden states of another run of the same model, such as without its recipe.
         keep: If given, this run's hidden states are appended to it, on the CPU, to serve as a reference later.
+
+    Returns:
+        The score over all windows.
 
     Raises:
         ValueError: If the reference does not fit, or the model computes logits in a way that is not known here.
@@ -145,6 +156,14 @@ def token_log_probs(model: Any, hidden: Tensor, ids: Tensor) -> Tensor:
 def token_kl(model: Any, reference: Tensor, hidden: Tensor) -> Tensor:
     """KL(reference || model) of the predictions after each token, fp32 `[N]` nats, from hidden states `[N, C]` of both.
 
+    Args:
+        model: Gives the output layer, the same for both.
+        reference: `[N, C]`, of the run to compare with.
+        hidden: `[N, C]`, of this run.
+
+    Returns:
+        fp32 `[N]`.
+
     Raises:
         ValueError: If the shapes differ.
     """
@@ -177,6 +196,9 @@ def logits(model: Any, hidden: Tensor) -> Tensor:
 def check_head(model: Any) -> None:
     """Make sure, on a few tokens, that `logits` is what the model itself computes.
 
+    Args:
+        model: A transformers causal language model.
+
     Raises:
         ValueError: If it is not.
     """
@@ -206,6 +228,9 @@ def passkey_prompts(
         depths: Places of the number in the text, in [0, 1].
         seed: Same seed, same prompts.
         haystack: Text to hide the number in; None means the held-out built-in text. Repeated if too short.
+
+    Returns:
+        The prompts, by length and then depth.
 
     Raises:
         ValueError: If a length is too short for the question or a depth out of range.

@@ -35,6 +35,12 @@ def heldout_text() -> str:
 def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file.
 
+    Args:
+        path: A UTF-8 text file.
+
+    Returns:
+        The text, with Unix line ends.
+
     Raises:
         ValueError: If it cannot be read, is larger than 64 MiB, is not UTF-8, or holds no text.
     """
@@ -61,6 +67,9 @@ def split_text(text: str, heldout: float = HELDOUT_SHARE) -> tuple[str, str]:
     Args:
         text: The text.
         heldout: Fraction of the characters, at the end, to hold out; in (0, 1).
+
+    Returns:
+        The two parts.
 
     Raises:
         ValueError: If `heldout` is out of range or the text has no line to cut at.

@@ -47,6 +47,12 @@ class Fingerprint:
 def fingerprint(model: nn.Module) -> Fingerprint:
     """The fingerprint of a transformers model; reads a few values of each parameter, changes nothing.
 
+    Args:
+        model: A transformers model.
+
+    Returns:
+        Its fingerprint.
+
     Raises:
         ValueError: If the model has no transformers config, or its weights are not loaded (meta device).
     """

@@ -84,6 +84,12 @@ class MaskPlan:
     def read(self, device: torch.device) -> Reading:
         """Causality, window and segments, on `device`.
 
+        Args:
+            device: Where the layer that asks lies.
+
+        Returns:
+            The same reading for every layer that shares the plan.
+
         Raises:
             UnreadableMaskError: If these cannot express the mask.
         """
@@ -109,6 +115,15 @@ def build_plan(**arguments: Any) -> MaskPlan:
 
 def read_bare(mask: Any, is_causal: bool, queries: int, keys: int) -> Reading:
     """What a mask means that did not come from Saccade's builder.
+
+    Args:
+        mask: What the layer was given.
+        is_causal: Whether the layer hides the future when it gets no mask.
+        queries: M.
+        keys: N.
+
+    Returns:
+        The reading.
 
     Raises:
         UnreadableMaskError: If it is a tensor of the caller's own, or None with an alignment that is not bottom-right.

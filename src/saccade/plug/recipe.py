@@ -95,6 +95,9 @@ class Recipe:
             settings: Its hyperparameters.
             decode: Use it for single queries too; else these stay dense.
             about: Notes.
+
+        Returns:
+            The recipe, for this model only.
         """
         chosen = (Choice("all", mechanism, settings if settings is not None else {}),)
         layer = LayerRecipe(chosen, chosen if decode else (Choice("all", DENSE),))
@@ -104,6 +107,9 @@ class Recipe:
 
     def to_json(self) -> str:
         """The recipe as JSON; `from_json` gives back an equal one.
+
+        Returns:
+            The text.
 
         Raises:
             RecipeError: If the recipe is not well formed.
@@ -125,6 +131,12 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str | bytes) -> Recipe:
         """Read and check a recipe.
+
+        Args:
+            text: JSON, as text or UTF-8 bytes.
+
+        Returns:
+            The recipe.
 
         Raises:
             RecipeError: Saying where the text is wrong and what is expected there.
@@ -158,6 +170,12 @@ class Recipe:
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
         """Read a recipe from a file.
 
+        Args:
+            path: A JSON file.
+
+        Returns:
+            The recipe.
+
         Raises:
             RecipeError: If the file cannot be read, is too large, or is not a recipe.
         """
@@ -174,6 +192,11 @@ class Recipe:
 
 def cover(choices: tuple[Choice, ...], heads: int | None, where: str) -> None:
     """Check that `choices` choose exactly once for each of `heads` query heads (None: unknown, only repeats are seen).
+
+    Args:
+        choices: Of one layer and phase.
+        heads: Query heads of the layer.
+        where: Names the place in messages.
 
     Raises:
         RecipeError: Naming the heads.

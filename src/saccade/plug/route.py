@@ -87,6 +87,14 @@ class HeadsReport:
 def build_route(choice: Choice, heads: int | None, kv_heads: int | None) -> Route:
     """The route of a choice, in a layer with these numbers of query and key/value heads.
 
+    Args:
+        choice: As in the recipe.
+        heads: Query heads of the layer, or None if unknown.
+        kv_heads: Its key/value heads, or None if unknown.
+
+    Returns:
+        The route.
+
     Raises:
         ValueError: If the mechanism or a setting is unknown or out of range, or the mechanism is not of a kind that can
             stand in for a pretrained layer's attention.

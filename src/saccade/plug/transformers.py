@@ -168,6 +168,12 @@ def apply(model: nn.Module, recipe: Recipe, *, strict: bool = False, record: boo
 def patchable_layers(model: nn.Module) -> dict[str, Any]:
     """The attention layers of `model` that a recipe can name.
 
+    Args:
+        model: A transformers model.
+
+    Returns:
+        Attention modules by name.
+
     Raises:
         ValueError: If the model is not one whose attention can be replaced, saying why.
     """
@@ -303,6 +309,10 @@ def _raise_if_strict(state: LayerState, reports: list[HeadsReport]) -> None:
 @contextmanager
 def watch(model: nn.Module, observe: Callable[[Observation], None]) -> Iterator[None]:
     """Inside, every attention layer of `model` shows its queries, keys and values to `observe`, then runs as it was.
+
+    Args:
+        model: A transformers model without a recipe.
+        observe: Called with an `Observation` before each layer's attention runs.
 
     Raises:
         ValueError: If the model cannot be patched, or has a recipe applied.
