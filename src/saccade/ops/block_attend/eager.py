@@ -11,8 +11,8 @@ from saccade.ops.checks import accumulation_dtype
 from saccade.ops.tile import tile_forward, tile_gradients
 from saccade.types import BlockLayout
 
-CACHE = 4 * 2**20
-"""Bytes a CPU works on at a time: what stays in its cache runs faster than what fills the workspace."""
+CACHE = 8 * 2**20
+"""Bytes a CPU works on at a time: small enough to stay in its cache, large enough to need few parallel regions."""
 
 
 def eager_forward(
