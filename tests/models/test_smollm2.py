@@ -139,6 +139,7 @@ def smol() -> tuple[Any, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.weights
 @needs_weights
 def test_the_real_model_answers(smol: tuple[Any, Any]) -> None:
     model, tokenizer = smol
@@ -151,6 +152,17 @@ def test_the_real_model_answers(smol: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.weights
+@needs_weights
+def test_the_real_model_finds_a_pass_key(smol: tuple[Any, Any]) -> None:
+    from saccade.models.tasks import passkey_prompts, passkey_results
+
+    results = passkey_results(*smol, passkey_prompts(smol[1], [600], [0.5], seed=1))
+    assert [result.found for result in results] == [True]
+
+
+@pytest.mark.slow
+@pytest.mark.weights
 @needs_weights
 def test_the_real_model_with_a_recipe(smol: tuple[Any, Any]) -> None:
     from saccade.plug import Recipe, apply

@@ -212,9 +212,10 @@ def check_head(model: Any) -> None:
 
 
 ASK = "Read the text. A pass key is hidden in it. Remember the pass key.\n\n"
-NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
-QUESTION = "\n\nWhat is the pass key mentioned in the text?"
-REPLY = "The pass key is"
+NEEDLE = "\n\nThe pass key is the number {key}. Remember it. The pass key is the number {key}.\n\n"
+QUESTION = "\n\nWhat is the pass key?"
+REPLY = "The pass key is the number"
+"""The reply is begun for the model: SmolLM2 otherwise explains what a pass key is."""
 
 
 def passkey_prompts(

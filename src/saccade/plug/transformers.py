@@ -75,6 +75,7 @@ class LayerState:
     Args:
         name: Name of the module in the model.
         former_name: The model's attention implementation before `apply`.
+        former: Its function.
         routes: For each phase, groups of heads; empty for a layer that the recipe does not name.
         strict: Raise instead of falling back to dense attention.
         keep_records: Keep a `CallReport` of each phase's last call.
@@ -84,6 +85,7 @@ class LayerState:
 
     name: str
     former_name: str
+    former: Callable[..., tuple[Tensor, Tensor | None]]
     routes: dict[str, tuple[Route, ...]] = field(default_factory=dict)
     strict: bool = False
     keep_records: bool = True
@@ -158,7 +160,8 @@ def apply(model: nn.Module, recipe: Recipe, *, strict: bool = False, record: boo
     _register()
     handle = Handle(recipe, [(config, config._attn_implementation) for config in configs.values()], [*patched.values()])
     for name, module in patched.items():
-        state = LayerState(name, module.config._attn_implementation, routes.get(name, {}), strict, record)
+        former_name, former = module.config._attn_implementation, _former_function(module)
+        state = LayerState(name, former_name, former, routes.get(name, {}), strict, record)
         module.__dict__[STATE] = state
     for config in configs.values():
         config._attn_implementation_internal = NAME
@@ -291,13 +294,17 @@ def _former(
     state: LayerState, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
     """Exactly what the model ran before `apply`."""
-    names = forward_globals(module)
-    known = state.former_name in names[INTERFACE]
-    function: Callable[..., Any] = names[INTERFACE][state.former_name] if known else names["eager_attention_forward"]
     if isinstance(mask, MaskPlan):
         mask = mask.former(state.former_name)
-    out, weights = function(module, query, key, value, mask, **kwargs)
+    out, weights = state.former(module, query, key, value, mask, **kwargs)
     return out, weights
+
+
+def _former_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function that the module's `forward` would call."""
+    names, name = forward_globals(module), module.config._attn_implementation  # type: ignore[union-attr]
+    function: Callable[..., Any] = names[INTERFACE].get_interface(name, names.get("eager_attention_forward"))
+    return function
 
 
 def _raise_if_strict(state: LayerState, reports: list[HeadsReport]) -> None:
