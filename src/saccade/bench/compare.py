@@ -87,13 +87,15 @@ def parse_mechanism(text: str) -> tuple[str, dict[str, Any] | None]:
 def random_problem(
     shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q `[B, H, N, D]`, k and v `[B, G, N, D]` of `(B, H, G, N, D)`, with neighbours that resemble each other.
+    """Q `[B, H, N, D]`, k and v `[B, G, N, D]` of `(B, H, G, N, D)`, with neighbours that resemble each other.
 
     Raises:
         ValueError: If `shape` is not five positive sizes, or G does not divide H.
     """
     if len(shape) != 5 or min(shape) < 1:
-        raise ValueError(f"shape={tuple(shape)}: expected five sizes (batch, heads, kv heads, tokens, dim) of at least 1")
+        raise ValueError(
+            f"shape={tuple(shape)}: expected five sizes (batch, heads, kv heads, tokens, dim) of at least 1"
+        )
     batch, heads, groups, tokens, dim = shape
     if heads % groups:
         raise ValueError(f"shape={tuple(shape)}: expected kv heads {groups} to divide heads {heads}")
@@ -156,11 +158,13 @@ def compare(
         lengths = [n for n in CROSSOVER_LENGTHS if n <= q.shape[2]] if crossover else []
         crossings = _crossovers({n: {"dense": lambda n=n: dense(n)} | {x: lambda x=x, n=n: call(x, n) for x in built} for n in lengths}, device)  # type: ignore[misc]  # fmt: skip
         rows = [
-            _row(label, lambda label=label: call(label), wanted, times[label], base, crossings.get(label), causal, device)  # type: ignore[misc]
+            _row(
+                label, lambda label=label: call(label), wanted, times[label], base, crossings.get(label), causal, device
+            )  # type: ignore[misc]
             for label in built
         ]
     dense_row = Row("dense", 0.0, base, 0.0, 1.0, peak_bytes(dense, device), 1.0, None)
-    return Comparison(problem, describe_machine(device.split(":")[0]), dense_row, tuple(rows))
+    return Comparison(problem, describe_machine(device.split(":", maxsplit=1)[0]), dense_row, tuple(rows))
 
 
 def _build(mechanisms: Iterable[str], tokens: int, causal: bool) -> dict[str, Any]:
@@ -171,8 +175,12 @@ def _build(mechanisms: Iterable[str], tokens: int, causal: bool) -> dict[str, An
         card = get(name)
         pattern = Pattern.CAUSAL_SELF if causal else Pattern.NONCAUSAL_SELF
         if card.kind not in COMPARABLE or pattern not in card.patterns:
-            raise ValueError(f"mechanisms={name!r}: a {card.kind} for {sorted(card.patterns)} cannot run on {pattern} q, k, v")
-        ladder = card.ladder(tokens) if settings is None and card.ladder is not None else (settings or dict(card.example),)
+            raise ValueError(
+                f"mechanisms={name!r}: a {card.kind} for {sorted(card.patterns)} cannot run on {pattern} q, k, v"
+            )
+        ladder = (
+            card.ladder(tokens) if settings is None and card.ladder is not None else (settings or dict(card.example),)
+        )
         for setting in ladder:
             inside = ", ".join(f"{key}={value}" for key, value in setting.items())
             built[f"{name}({inside})"] = card.build(**setting)
@@ -180,7 +188,14 @@ def _build(mechanisms: Iterable[str], tokens: int, causal: bool) -> dict[str, An
 
 
 def _row(
-    label: str, run: Any, wanted: Tensor, times: list[float], base: float, crossover: int | None, causal: bool, device: str
+    label: str,
+    run: Any,
+    wanted: Tensor,
+    times: list[float],
+    base: float,
+    crossover: int | None,
+    causal: bool,
+    device: str,
 ) -> Row:
     with recording() as records:
         out = run()

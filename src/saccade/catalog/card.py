@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from saccade.catalog.papers import paper_titles
+from saccade.catalog.settings import check_settings
 from saccade.types import Kind, Pattern
 
 CAPABILITIES = {
@@ -82,10 +83,12 @@ class Card:
         """The mechanism with `settings`, or with `example` if none are given.
 
         Raises:
-            ValueError: If a setting is unknown or out of range, naming it.
+            ValueError: If a setting is unknown, of the wrong type or out of range, naming it.
         """
+        chosen = settings or dict(self.example)
+        check_settings(self.target, chosen)
         try:
-            return self.target(**(settings or dict(self.example)))
+            return self.target(**chosen)
         except TypeError as error:
             raise ValueError(f"{self.name}: {error}") from error
 

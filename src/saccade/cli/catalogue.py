@@ -46,7 +46,9 @@ def list_command(
 ) -> None:
     """List the registered mechanisms, or with --papers what became of every paper."""
     found = search(room, pattern, training_free, capability, title)
-    chosen = [p for p in papers() if (room is None or p.room == room) and (title is None or title.lower() in p.title.lower())]
+    chosen = [
+        p for p in papers() if (room is None or p.room == room) and (title is None or title.lower() in p.title.lower())
+    ]
     if as_json:
         statuses = [
             {"title": paper.title, "room": paper.room, "status": status, "detail": detail}

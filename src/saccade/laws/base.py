@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler_legacy
 
 from saccade.types import Geometry, Pattern
 
@@ -100,6 +101,7 @@ def expect_close(got: Tensor, wanted: Tensor, what: str, tolerance: float = 1e-5
     if got.numel() == 0:
         return
     expect(bool(torch.isfinite(got).all()), f"{what}: not finite")
+    got, wanted = got.detach(), wanted.detach()
     error = float((got.double() - wanted.double()).abs().max())
     scale = max(float(wanted.double().abs().max()), 1e-6)
     expect(error <= tolerance * scale, f"{what}: differs by {error:.3g} where values reach {scale:.3g}")
@@ -107,8 +109,54 @@ def expect_close(got: Tensor, wanted: Tensor, what: str, tolerance: float = 1e-5
 
 def expect_equal(got: Tensor, wanted: Tensor, what: str) -> None:
     """Bit-equal."""
+    got, wanted = got.detach(), wanted.detach()
+    expect(got.shape == wanted.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(wanted.shape)}")
     if not torch.equal(got, wanted):
         raise Broken(f"{what}: differs by {float((got.double() - wanted.double()).abs().max()):.3g}, expected bit-equal")
+
+
+def expect_refusal(call: Callable[[], Any], words: str, what: str) -> str:
+    """`call` raises a ValueError that holds `words`; returns `what`, for the note."""
+    try:
+        call()
+    except ValueError as error:
+        expect(words in str(error), f"{what}: the error does not name {words!r}: {error}")
+        return what
+    raise Broken(f"{what}: ran without an error")
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Inside, `torch.use_deterministic_algorithms` is on."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def counted_work(call: Callable[[], Any]) -> float:
+    """Floating-point operations of products, convolutions, sums; inside custom operators too, unlike FlopCounterMode."""
+    with profiler_legacy.profile(with_flops=True) as profiled:
+        call()
+    return float(sum(event.flops or 0 for event in profiled.function_events))
+
+
+GROWTH = {"1": 1.0, "N": 2.0, "N log N": 2.0 * 11 / 10, "N^1.5": 2.0**1.5, "N^2": 4.0, "N^3": 8.0}
+"""How much more work the declared complexities allow at twice N (N log N: from 1024 to 2048)."""
+
+
+def expect_growth(declared: str, small: float, large: float, sizes: str) -> str:
+    """Work of `large` over `small` is within what the card declares, edges (weighing less as N grows) allowed for."""
+    if declared not in GROWTH:
+        raise NotApplicable(f"complexity {declared!r} is not a power of N alone")
+    if not small:
+        raise NotApplicable("nothing that could be counted: no product, convolution or sum of tensors")
+    ratio = large / small
+    low, high = GROWTH[declared] * 0.8, GROWTH[declared] * 1.25
+    expect(ratio <= high, f"work grows {ratio:.2f}x from {sizes}, {declared} allows {high:.2f}x")
+    return f"{ratio:.2f}x from {sizes}, declared {declared}" + ("" if ratio >= low else " (less than declared)")
 
 
 def gradients(run: Callable[[Problem], Tensor], problem: Problem, seed: int = 1) -> tuple[Tensor, tuple[Tensor, ...]]:

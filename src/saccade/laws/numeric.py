@@ -2,60 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
 
 from saccade.laws.base import (
-    NotApplicable, Problem, expect, expect_close, expect_equal, gradients, poisoned_empty,
+    Broken, Problem, deterministic, expect, expect_close, expect_equal, gradients, poisoned_empty,
 )  # fmt: skip
 from saccade.laws.subjects import Subject
 from saccade.types import Kind
 
-SLACK = 1e-6
+SLACK = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 """Errors below this share of the largest value are rounding, whatever the reference managed."""
+
+NAMES = ("out", "dq", "dk", "dv")
 
 
 def reference_agreement(subject: Subject) -> str:
     """1. Error at most twice that of the same-dtype reference against fp64: output and every gradient."""
-    subject.require_pairwise()
-    subject.require("backward")
     if subject.card.kind is Kind.MIXER:
-        return _backward_stable(subject)
+        problem = subject.problem().to(torch.float64)
+
+        def mix(*leaves: Tensor) -> Tensor:
+            return subject.run(Problem(*leaves, problem.geometry))
+
+        return expect_stable(mix, problem.leaves, NAMES[1:])
     worst = 0.0
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in SLACK:
         problem = subject.problem().to(dtype)
         run = subject.frozen(problem)
-        gold = gradients(lambda p: run(*p.leaves, impl="reference"), problem.to(torch.float64))  # noqa: B023
-        low = gradients(lambda p: run(*p.leaves, impl="reference"), problem)  # noqa: B023
-        got = gradients(lambda p: run(*p.leaves, impl="auto"), problem)  # noqa: B023
-        for name, g, b, x in zip("out dq dk dv".split(), *(_flat(r) for r in (gold, low, got)), strict=True):
-            scale = max(float(g.abs().max()), 1e-6)
-            floor = SLACK * scale if dtype == torch.float32 else 2**-8 * scale
-            bound = 2 * float((b.double() - g).abs().max()) + floor
-            error = float((x.double() - g).abs().max())
-            expect(error <= bound, f"{name} in {dtype}: error {error:.3g} against fp64, at most {bound:.3g} allowed")
-            worst = max(worst, error / bound)
-    return f"largest error {worst:.0%} of what is allowed"
+        calls = ((problem.to(torch.float64), "reference"), (problem, "reference"), (problem, "auto"))
+        results = [_results(subject, run, given, impl) for given, impl in calls]
+        worst = max(worst, expect_within_twice(*results, dtype))
+    return f"largest error {worst:.0%} of what is allowed" + ("" if subject.can_backward else ", forward only")
 
 
-def _flat(result: tuple[Tensor, tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    return result[0], *result[1]
+def _results(subject: Subject, run: Callable[..., Any], problem: Problem, impl: str) -> tuple[Tensor, ...]:
+    """Output and, if the card lists them, gradients."""
+
+    def call(given: Problem) -> Tensor:
+        return run(*given.leaves, impl=impl)
+
+    return _all(subject, call, problem)
 
 
-def _backward_stable(subject: Subject) -> str:
-    """For one form only: the fp32 error is that of inputs off by a rounding, within a modest factor."""
-    problem = subject.problem().to(torch.float64)
-    gold = _flat(gradients(subject.run, problem))
-    generator = torch.Generator().manual_seed(2)
+def _all(subject: Subject, call: Callable[[Problem], Tensor], problem: Problem) -> tuple[Tensor, ...]:
+    if not subject.can_backward:
+        return (call(problem),)
+    out, grads = gradients(call, problem)
+    return out, *grads
 
-    def jog(x: Tensor) -> Tensor:
-        noise = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x) * 2 - 1
-        return x * (1 + 2**-23 * noise)
 
-    moved = _flat(gradients(subject.run, Problem(*(jog(x) for x in problem.leaves), problem.geometry)))
-    got = _flat(gradients(subject.run, problem.to(torch.float32)))
+def expect_within_twice(
+    gold: Sequence[Tensor], low: Sequence[Tensor], got: Sequence[Tensor], dtype: torch.dtype,
+    names: Sequence[str] = NAMES,
+) -> float:  # fmt: skip
+    """Each of `got` at most twice as far from `gold` as `low` is; returns the largest error over what is allowed."""
     worst = 0.0
-    for name, g, m, x in zip("out dq dk dv".split(), gold, moved, got, strict=True):
+    for name, g, b, x in zip(names, gold, low, got, strict=False):
+        scale = max(float(g.abs().max()), 1e-6)
+        bound = 2 * float((b.double() - g).abs().max()) + SLACK[dtype] * scale
+        error = float((x.double() - g).abs().max())
+        expect(error <= bound, f"{name} in {dtype}: error {error:.3g} against fp64, at most {bound:.3g} allowed")
+        worst = max(worst, error / bound)
+    return worst
+
+
+def expect_stable(function: Callable[..., Tensor], leaves: Sequence[Tensor], names: Sequence[str]) -> str:
+    """For what has one form only: the fp32 error is that of inputs off by a rounding, within a factor of 16.
+
+    Args:
+        function: From tensors to the output.
+        leaves: Its inputs in fp64.
+        names: Of the gradients, one for each leaf.
+    """
+    generator = torch.Generator().manual_seed(2)
+    exact = [x.detach().float().double() for x in leaves]
+    moved = [x * (1 + 2**-23 * (2 * torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x) - 1)) for x in exact]
+    gold, near = (_value_and_gradients(function, given) for given in (exact, moved))
+    got = _value_and_gradients(function, [x.float() for x in exact])
+    worst = 0.0
+    for name, g, m, x in zip(("out", *names), gold, near, got, strict=True):
         bound = 16 * float((m - g).abs().max()) + 16 * 2**-23 * max(float(g.abs().max()), 1e-6)
         error = float((x.double() - g).abs().max())
         expect(error <= bound, f"{name} in fp32: error {error:.3g} against fp64, at most {bound:.3g} allowed")
@@ -63,67 +93,56 @@ def _backward_stable(subject: Subject) -> str:
     return f"largest error {worst:.0%} of what is allowed"
 
 
+def _value_and_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
+    grads = torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
+    return out.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True))
+
+
 def gradient_check(subject: Subject) -> str:
     """2. `gradcheck` in fp64, with what was selected held fixed."""
     subject.require("backward")
-    if subject.card.kind in (Kind.LAYER,):
-        return _layer_gradient_check(subject)
-    subject.require_pairwise()
-    problem = subject.problem(queries=9, batch=1, heads=2, groups=1, dim=4, dtype=torch.float64)
-    problem = problem if subject.card.kind is Kind.SELECTOR or "gqa" in subject.card.supports else subject.problem(
-        queries=9, batch=1, heads=2, groups=2, dim=4, dtype=torch.float64
-    )  # fmt: skip
-    if _needs_wide_heads(subject):
-        problem = subject.problem(queries=6, batch=1, heads=4, dim=8, dtype=torch.float64)
-    run = subject.frozen(problem)
-    leaves = problem.with_grad().leaves
-    passed = torch.autograd.gradcheck(lambda q, k, v: run(q, k, v), leaves, fast_mode=True, raise_exception=False)
-    expect(passed, "analytic and numeric gradients differ in fp64")
-    return ""
-
-
-def _needs_wide_heads(subject: Subject) -> bool:
-    """Modules fix the head count and dim in their settings."""
-    return isinstance(subject.mechanism, nn.Module) or subject.card.kind is Kind.HEADS
-
-
-def _layer_gradient_check(subject: Subject) -> str:
-    module = subject.mechanism.double()
-    inputs = _layer_inputs(subject, 1, torch.float64)
-    leaves = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs)
-    weights = tuple(p for p in module.parameters() if p.requires_grad)
-    passed = torch.autograd.gradcheck(
-        lambda *_: module(*leaves), leaves + weights, fast_mode=True, raise_exception=False
+    fixed = isinstance(subject.mechanism, nn.Module) or subject.card.kind is Kind.HEADS  # settings fix heads and dim
+    heads, queries, dim = (4, 6, 8) if fixed else (2, 9, 4)
+    share = 2 if "gqa" in subject.card.supports and subject.card.kind is not Kind.HEADS else 1
+    problem = subject.problem(
+        queries=queries, batch=1, heads=heads, groups=heads // share, dim=dim, dtype=torch.float64
     )
-    expect(passed, "analytic and numeric gradients differ in fp64")
-    return f"inputs and {len(weights)} weights"
+    if isinstance(subject.mechanism, nn.Module):
+        subject.mechanism.double()
+    run = subject.frozen(problem)
+    weights = trained(subject.mechanism)
+    expect_gradcheck(lambda q, k, v, *_: run(q, k, v), (*problem.with_grad().leaves, *weights))
+    return f"q, k, v and {len(weights)} weights" if weights else ""
 
 
-def _layer_inputs(subject: Subject, batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    return subject.mechanism.sample_inputs(batch, generator, dtype, subject.device)
+def trained(mechanism: Any) -> tuple[nn.Parameter, ...]:
+    """The weights that ask for gradients."""
+    if not isinstance(mechanism, nn.Module):
+        return ()
+    return tuple(weight for weight in mechanism.parameters() if weight.requires_grad)
+
+
+def expect_gradcheck(function: Callable[..., Tensor], leaves: tuple[Tensor, ...]) -> None:
+    """Analytic gradients of `function` with respect to fp64 `leaves` equal numeric ones."""
+    try:
+        torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    except GradcheckError as error:
+        raise Broken(f"analytic and numeric gradients differ: {' '.join(str(error).split())[:200]}") from error
 
 
 def independence(subject: Subject) -> str:
     """7. An item does not feel its batch, heads carry no order, and GQA equals repeated heads."""
-    if subject.card.kind is Kind.LAYER:
-        inputs = _layer_inputs(subject, 2, torch.float32)
-        whole = subject.mechanism.float()(*inputs)
-        alone = subject.mechanism(*(x[:1] if x.ndim and x.shape[0] == 2 else x for x in inputs))
-        expect_close(alone, whole[:1], "an item alone and in its batch")
-        return "batch"
-    subject.require_pairwise()
     problem = subject.problem()
     whole = subject.run(problem)
     alone = Problem(*(x[:1] for x in problem.leaves), problem.geometry)
     expect_close(subject.run(alone), whole[:1], "an item alone and in its batch")
     checked = ["batch"]
     if not subject.card.heads_differ:
-        q, k, v = problem.leaves
-        share = q.shape[1] // k.shape[1]
-        swapped = q.unflatten(1, (-1, share)).flip(1).flatten(1, 2)
-        out = subject.run(Problem(swapped, k.flip(1), v.flip(1), problem.geometry))
-        expect_close(out.unflatten(1, (-1, share)).flip(1).flatten(1, 2), whole, "heads in another order")
+        out = subject.run(reversed_heads(problem))
+        expect_close(unreversed(out, problem), whole, "heads in another order")
         checked.append("head order")
     if "gqa" in subject.card.supports:
         share = problem.q.shape[1] // problem.k.shape[1]
@@ -134,49 +153,35 @@ def independence(subject: Subject) -> str:
     return ", ".join(checked)
 
 
+def reversed_heads(problem: Problem) -> Problem:
+    """Key/value heads in reverse order, each with its query heads."""
+    share = problem.q.shape[1] // problem.k.shape[1]
+    q = problem.q.unflatten(1, (-1, share)).flip(1).flatten(1, 2)
+    return Problem(q, problem.k.flip(1), problem.v.flip(1), problem.geometry)
+
+
+def unreversed(out: Tensor, problem: Problem) -> Tensor:
+    """An output `[B, H, ...]` of `reversed_heads(problem)` in the order of `problem`."""
+    share = problem.q.shape[1] // problem.k.shape[1]
+    return out.unflatten(1, (-1, share)).flip(1).flatten(1, 2)
+
+
 def everything_written(subject: Subject) -> str:
     """9. Every element of the output is written: uninitialised memory holds NaN meanwhile."""
-    if subject.card.kind is Kind.LAYER:
-        inputs = _layer_inputs(subject, 2, torch.float32)
-        clean = subject.mechanism.float()(*inputs)
-        with poisoned_empty():
-            expect_equal(subject.mechanism(*inputs), clean, "with poisoned memory")
-        return ""
-    subject.require_pairwise()
     problem = subject.problem(queries=77)
-    clean, clean_grads = gradients(subject.run, problem) if "backward" in subject.card.supports else (subject.run(problem), ())
+    clean = _all(subject, subject.run, problem)
     with poisoned_empty():
-        if clean_grads:
-            out, grads = gradients(subject.run, problem)
-            for name, got, wanted in zip(("dq", "dk", "dv"), grads, clean_grads, strict=True):
-                expect_equal(got, wanted, f"{name} with poisoned memory")
-        else:
-            out = subject.run(problem)
-    expect_equal(out, clean, "with poisoned memory")
+        got = _all(subject, subject.run, problem)
+    for name, x, wanted in zip(NAMES, got, clean, strict=False):
+        expect_equal(x, wanted, f"{name} with poisoned memory")
     return ""
 
 
 def determinism(subject: Subject) -> str:
     """12. Under `torch.use_deterministic_algorithms` the same call gives the same bits, gradients included."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        if subject.card.kind is Kind.LAYER:
-            inputs = _layer_inputs(subject, 2, torch.float32)
-            module = subject.mechanism.float()
-            expect_equal(module(*inputs), module(*inputs), "two runs")
-            return ""
-        subject.require_pairwise()
-        problem = subject.problem(queries=130)
-        if "backward" not in subject.card.supports:
-            expect_equal(subject.run(problem), subject.run(problem), "two runs")
-            return "forward"
-        first, second = (gradients(subject.run, problem) for _ in range(2))
-        for name, a, b in zip(("out", "dq", "dk", "dv"), _flat(first), _flat(second), strict=True):
-            expect_equal(a, b, f"{name} of two runs")
-        return "forward and backward"
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-__all__ = ["NotApplicable", "determinism", "everything_written", "gradient_check", "independence", "reference_agreement"]
+    problem = subject.problem(queries=130)
+    with deterministic():
+        first, second = (_all(subject, subject.run, problem) for _ in range(2))
+    for name, a, b in zip(NAMES, first, second, strict=False):
+        expect_equal(b, a, f"{name} of two runs")
+    return "forward and backward" if subject.can_backward else "forward"

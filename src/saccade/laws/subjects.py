@@ -10,11 +10,20 @@ from torch import Tensor, nn
 
 from saccade.catalog import Card
 from saccade.laws.base import NotApplicable, Problem, make_problem
+from saccade.mechanisms.compose import Attention
+from saccade.mechanisms.diffusion.base import OutputReuse
 from saccade.ops import attend, block_attend, gather_attend
 from saccade.types import BlockLayout, Geometry, Kind, Pattern, TokenIndex
 
 PAIRWISE = frozenset({Kind.SELECTOR, Kind.SCORE, Kind.POSITION, Kind.HEADS, Kind.MIXER, Kind.INTERVENTION})
-"""Kinds that map q, k, v to an output like attention does."""
+"""Kinds that map q, k, v to an output like attention does (an intervention only if it edits attention)."""
+
+
+def form_of(card: Card) -> str:
+    """How the mechanism is called, which decides what its laws look at: "pairwise", "reuse" or its kind."""
+    if issubclass(card.target, OutputReuse):
+        return "reuse"
+    return "pairwise" if card.kind in PAIRWISE else str(card.kind)
 
 
 class Subject:
@@ -33,16 +42,9 @@ class Subject:
         self.mechanism = card.build(**(card.example if settings is None else settings))
         if isinstance(self.mechanism, nn.Module):
             self.mechanism = self.mechanism.to(device).eval()
-
-    @property
-    def is_pairwise(self) -> bool:
-        """Whether it maps q, k, v to an output."""
-        return self.card.kind in PAIRWISE and callable(getattr(self, f"_run_{self.card.kind.name.lower()}", None))
-
-    def require_pairwise(self) -> None:
-        """Skip laws about q, k, v for other kinds."""
-        if not self.is_pairwise:
-            raise NotApplicable(f"a {self.card.kind} does not map q, k, v to an output")
+        self.form = form_of(card)
+        decision = {Kind.POSITION: "positions", Kind.HEADS: "heads"}.get(card.kind)
+        self.call: Any = self.mechanism if decision is None else Attention(**{decision: self.mechanism})
 
     def require(self, *capabilities: str) -> None:
         """Skip with the capability the card lacks."""
@@ -54,6 +56,11 @@ class Subject:
         """Skip if causal self-attention is not among the card's patterns."""
         if Pattern.CAUSAL_SELF not in self.card.patterns:
             raise NotApplicable("not defined for causal self-attention")
+
+    @property
+    def can_backward(self) -> bool:
+        """Whether the card lists gradients."""
+        return "backward" in self.card.supports
 
     @property
     def causal(self) -> bool:
@@ -68,11 +75,14 @@ class Subject:
         return make_problem(device=self.device, **sizes)
 
     def run(self, problem: Problem, impl: str = "auto") -> Tensor:
-        """The output `[B, H, M, E]`."""
-        self.require_pairwise()
+        """The output `[B, H, M, E]` of a mechanism of the form "pairwise"."""
         if isinstance(self.mechanism, nn.Module):
-            self.mechanism = self.mechanism.to(problem.q.dtype)
-        return getattr(self, f"_run_{self.card.kind.name.lower()}")(problem, impl)
+            self.mechanism.to(problem.q.dtype)
+        if self.card.kind is not Kind.MIXER:
+            return self.call(*problem.leaves, geometry=problem.geometry, impl=impl)
+        if impl == "reference":
+            raise NotApplicable("a mixer has one form here; its oracle in tests/oracles judges it")
+        return self.call(*problem.leaves, geometry=problem.geometry)
 
     def dense(self, problem: Problem, impl: str = "auto") -> Tensor:
         """Exact softmax attention on the same problem."""
@@ -86,30 +96,6 @@ class Subject:
         if self.card.kind is Kind.SELECTOR:
             return engine_of(self.mechanism.pattern(problem.q.detach(), problem.k.detach(), problem.geometry))
         return lambda q, k, v, impl="auto": self.run(Problem(q, k, v, problem.geometry), impl)
-
-    def _run_selector(self, problem: Problem, impl: str) -> Tensor:
-        return self.mechanism(*problem.leaves, geometry=problem.geometry, impl=impl)
-
-    def _run_score(self, problem: Problem, impl: str) -> Tensor:
-        return self.mechanism(*problem.leaves, geometry=problem.geometry, impl=impl)
-
-    _run_intervention = _run_score
-
-    def _run_mixer(self, problem: Problem, impl: str) -> Tensor:
-        if impl == "reference":
-            raise NotApplicable("a mixer has one form here; its oracle in tests/oracles judges it")
-        return self.mechanism(*problem.leaves, geometry=problem.geometry)
-
-    def _run_position(self, problem: Problem, impl: str) -> Tensor:
-        last = problem.k.shape[2]
-        places = torch.arange(last, device=problem.k.device)
-        q = self.mechanism.encode(problem.q, places[last - problem.q.shape[2] :])
-        k = self.mechanism.encode(problem.k, places)
-        return attend(q, k, problem.v, causal=problem.geometry.causal, impl=impl)
-
-    def _run_heads(self, problem: Problem, impl: str) -> Tensor:
-        k, v = self.mechanism.share(problem.k, problem.v)
-        return attend(problem.q, k, v, causal=problem.geometry.causal, impl=impl)
 
 
 def engine_of(chosen: BlockLayout | TokenIndex) -> Callable[..., Any]:
@@ -130,7 +116,8 @@ def split_keys(chosen: BlockLayout | TokenIndex, at: int) -> list[tuple[slice, B
         inside = (chosen.indices >= keys.start) & (chosen.indices < keys.stop)
         if chosen.causal:
             raise NotApplicable("its token lists are causal inside a group, which a key shard would shift")
-        parts.append((keys, TokenIndex(torch.where(inside, chosen.indices - keys.start, -1), chosen.queries, size, chosen.group)))
+        mine = torch.where(inside, chosen.indices - keys.start, -1)
+        parts.append((keys, TokenIndex(mine, chosen.queries, size, chosen.group)))
     return parts
 
 

@@ -15,17 +15,17 @@ from saccade.plug.strict_json import RecipeError
 
 if TYPE_CHECKING:
     from saccade.plug.explanation import Explanation, explain
-    from saccade.plug.transformers import Handle, Observation, apply, watch
+    from saccade.plug.transformers import Handle, Observation, apply, patchable_layers, watch
 
 __all__ = [
     "Choice", "Explanation", "Fingerprint", "Handle", "LayerRecipe", "Observation", "Recipe", "RecipeError", "apply",
-    "attention_layers", "explain", "fingerprint", "watch",
+    "attention_layers", "explain", "fingerprint", "patchable_layers", "watch",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     homes = {"Explanation": "explanation", "explain": "explanation"}
-    homes |= dict.fromkeys(("Handle", "Observation", "apply", "watch"), "transformers")
+    homes |= dict.fromkeys(("Handle", "Observation", "apply", "patchable_layers", "watch"), "transformers")
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{homes[name]}"), name)

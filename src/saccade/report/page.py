@@ -30,7 +30,11 @@ def render(report: dict[str, Any]) -> str:
         "split": plots.time_split(report["time_split"]),
         "examples": [plots.attention_and_pattern(example) for example in report["examples"]],
     }
-    used = [name for name in mechanisms if any(c["mechanism"] == name for layer in report["layers"] for c in layer["choices"])]
+    used = [
+        name
+        for name in mechanisms
+        if any(c["mechanism"] == name for layer in report["layers"] for c in layer["choices"])
+    ]
     legend = [(name, mechanisms.index(name) % len(plots.SERIES)) for name in used]
     return environment.from_string(text).render(r=report, figures=figures, legend=legend)
 

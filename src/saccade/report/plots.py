@@ -65,7 +65,10 @@ def layer_map(layers: Sequence[dict[str, Any]], mechanisms: Sequence[str], heads
         axes.set(xlim=(0, count), ylim=(heads, 0), xlabel="layer", ylabel="head", aspect="equal")
         step = max(1, count // 10)
         axes.set_xticks([x + 0.5 for x in range(0, count, step)], [str(x) for x in range(0, count, step)])
-        axes.set_yticks([y + 0.5 for y in range(0, heads, max(1, heads // 9))], [str(y) for y in range(0, heads, max(1, heads // 9))])
+        axes.set_yticks(
+            [y + 0.5 for y in range(0, heads, max(1, heads // 9))],
+            [str(y) for y in range(0, heads, max(1, heads // 9))],
+        )
         for side in axes.spines.values():
             side.set_visible(False)
         axes.tick_params(length=0)
@@ -84,13 +87,39 @@ def frontier(candidates: Sequence[dict[str, Any]], search: dict[str, Any], mecha
                     color=SERIES[number % len(SERIES)], label=mechanism,
                 )  # fmt: skip
         line = [point for point in search["frontier"] if point["damage"] > 0]
-        axes.plot([p["seconds"] for p in line], [p["damage"] for p in line], color=INK, lw=1.4, label="best mixture per head")
+        axes.plot(
+            [p["seconds"] for p in line], [p["damage"] for p in line], color=INK, lw=1.4, label="best mixture per head"
+        )
         kept = [point for point in search["confirmed"] if point["kept"] and point["damage"] > 0]
         tried = [point for point in search["confirmed"] if not point["kept"] and point["damage"] > 0]
-        axes.scatter([p["seconds"] for p in tried], [p["damage"] for p in tried], marker="x", s=50, color=INK, label="measured, over budget")
-        axes.scatter([p["seconds"] for p in kept], [p["damage"] for p in kept], marker="o", s=70, facecolors="none", edgecolors=INK, linewidths=1.8, label="measured, within budget")
+        axes.scatter(
+            [p["seconds"] for p in tried],
+            [p["damage"] for p in tried],
+            marker="x",
+            s=50,
+            color=INK,
+            label="measured, over budget",
+        )
+        axes.scatter(
+            [p["seconds"] for p in kept],
+            [p["damage"] for p in kept],
+            marker="o",
+            s=70,
+            facecolors="none",
+            edgecolors=INK,
+            linewidths=1.8,
+            label="measured, within budget",
+        )
         axes.axvline(search["dense_seconds"], color=GRID, lw=1.2, ls="--")
-        axes.annotate("dense", (search["dense_seconds"], 0.98), xycoords=("data", "axes fraction"), ha="right", va="top", rotation=90, color=INK)
+        axes.annotate(
+            "dense",
+            (search["dense_seconds"], 0.98),
+            xycoords=("data", "axes fraction"),
+            ha="right",
+            va="top",
+            rotation=90,
+            color=INK,
+        )
         axes.set(xlabel="attention time of one prefill, s", ylabel="predicted damage", yscale="log")
         axes.grid(visible=True, axis="y", lw=0.5)
         canvas.legend(loc="outside right upper", fontsize=8.5)
@@ -101,7 +130,11 @@ def time_split(rows: Sequence[dict[str, Any]]) -> str:
     """Stacked bars: attention kernels, choosing what to compute, the rest of the model."""
     with figure(7.2, 0.9 + 0.5 * len(rows)) as (canvas, buffer):
         axes = canvas.add_subplot()
-        parts = (("kernel", "attention", SERIES[0]), ("select", "index building", SERIES[2]), ("rest", "rest of the model", GRID))
+        parts = (
+            ("kernel", "attention", SERIES[0]),
+            ("select", "index building", SERIES[2]),
+            ("rest", "rest of the model", GRID),
+        )
         left = [0.0] * len(rows)
         for key, label, colour in parts:
             widths = [row[key] for row in rows]

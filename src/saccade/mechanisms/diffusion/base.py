@@ -29,6 +29,8 @@ class OutputReuse(ABC):
     """Decides, module by module and step by step, whether to compute an output or to use the last one again."""
 
     card: ClassVar[Card]
+    kinds: ClassVar[tuple[str, ...]]
+    """What a module may be."""
 
     @abstractmethod
     def reuses(self, count: int, timestep: float, kind: str) -> bool:

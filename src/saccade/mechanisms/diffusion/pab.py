@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from saccade.catalog import register
 from saccade.mechanisms.base import require
@@ -38,13 +39,15 @@ class PAB(OutputReuse):
         window: Timesteps (low, high), both exclusive, between which outputs are reused; of 1000 by convention.
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ("spatial", "temporal", "cross")
+
     spatial_range: int = 2
     temporal_range: int = 4
     cross_range: int = 6
     window: tuple[float, float] = (100, 800)
 
     def __post_init__(self) -> None:
-        for name in ("spatial_range", "temporal_range", "cross_range"):
+        for name in (f"{kind}_range" for kind in self.kinds):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1 step")
         require(len(self.window) == 2 and self.window[0] <= self.window[1], "window", self.window, "(low, high)")
 
@@ -62,6 +65,5 @@ class PAB(OutputReuse):
         Raises:
             ValueError: If `kind` is another.
         """
-        ranges = {"spatial": self.spatial_range, "temporal": self.temporal_range, "cross": self.cross_range}
-        require(kind in ranges, "kind", kind, f"one of {list(ranges)}")
-        return count % ranges[kind] != 0 and self.window[0] < timestep < self.window[1]
+        require(kind in self.kinds, "kind", kind, f"one of {list(self.kinds)}")
+        return count % getattr(self, f"{kind}_range") != 0 and self.window[0] < timestep < self.window[1]

@@ -46,6 +46,8 @@ class TreeDecoding:
     """
 
     card: ClassVar[Card]
+    sharded: ClassVar[tuple[str, ...]] = ("k", "v")
+    """The inputs of which each rank holds its part; the others, and then the output, are the same on every rank."""
 
     def __call__(
         self,

@@ -36,7 +36,10 @@ UNSHIFTED_KEYS = 3
         ),
         "The power is taken of weights divided by the row's largest, which changes nothing but cannot overflow.",
         "A row in which no weight exceeds 1/N by more than rounding gives 0, the limit of the paper's 0 / (0 + eps).",
-        "Written from the paper's equations; the authors' repository was not available to read.",
+        (
+            "Written from descriptions of the paper's equations at second hand: neither its full text nor the authors' "
+            "repository was available to read, so details that those leave out may differ."
+        ),
     ),
     example={"power": 3.0},
 )

@@ -1,0 +1,219 @@
+"""Everything a tuning run found, as the plain data that `report.json` holds and the page is drawn from."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from saccade.bench.measure import describe_machine
+from saccade.plug import Recipe, fingerprint
+from saccade.report.page import megabytes, percent, seconds
+from saccade.tune.candidates import Candidate
+from saccade.tune.confirm import Trial
+from saccade.tune.heldout import ARMS
+from saccade.tune.plan import Plan
+from saccade.tune.score import CandidateScore
+from saccade.tune.search import Assignment, Choices, frontier
+
+VERSION = 1
+PREFILL_TARGET = 1.2
+
+
+@dataclass(frozen=True, eq=False)
+class ReportParts:
+    """What the stages of a run left."""
+
+    name: str
+    command: str
+    text: str
+    plan: Plan
+    candidates: list[Candidate]
+    scores: dict[str, list[CandidateScore]]
+    choices: Choices
+    assignment: Assignment
+    trials: list[Trial]
+    recipe: Recipe
+    rounds: list[dict[str, Any]]
+    splits: dict[str, dict[str, float]]
+    passkeys: dict[str, list[bool]]
+    examples: list[dict[str, Any]]
+    elapsed: float
+
+
+def report_data(model: Any, parts: ReportParts) -> dict[str, Any]:
+    """The report."""
+    settings = parts.plan.settings
+    print_ = fingerprint(model)
+    summary = summarise(parts)
+    return {
+        "version": VERSION,
+        "saccade": version("saccade"),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": parts.command,
+        "elapsed_seconds": parts.elapsed,
+        "machine": describe_machine(str(model.device)).to_json(),
+        "model": {
+            "name": parts.name, "architecture": print_.architecture, "layers": len(parts.scores), "heads": print_.heads,
+            "kv_heads": print_.kv_heads, "head_dim": print_.head_dim, "dtype": str(model.dtype).removeprefix("torch."),
+            "weights": print_.weights,
+        },
+        "text": parts.text,
+        "settings": {
+            "context": settings.context, "budget": settings.budget, "seed": settings.seed,
+            "confirmations": settings.confirmations, "rounds": settings.rounds,
+        },
+        "summary": summary,
+        "targets": targets(parts, summary),
+        "heldout": heldout(parts, summary),
+        "time_split": [
+            {"name": name, "kernel": split["kernel"], "select": split["select"], "rest": split["rest"]}
+            for name, split in parts.splits.items()
+        ],
+        "layers": layers(parts),
+        "candidates": candidate_rows(parts),
+        "left_out": parts.plan.left_out,
+        "search": search(parts),
+        "examples": parts.examples,
+    }  # fmt: skip
+
+
+def _median(parts: ReportParts, arm: str, key: str) -> float:
+    return statistics.median(row[arm][key] for row in parts.rounds)
+
+
+def summarise(parts: ReportParts) -> dict[str, Any]:
+    """The figures everything else is about."""
+    ratios = [row["dense"]["prefill"] / row["tuned"]["prefill"] for row in parts.rounds]
+    nll = {arm: statistics.fmean(row[arm]["nll"] for row in parts.rounds) for arm in ARMS}
+    decode = {arm: statistics.median(x for row in parts.rounds for x in row[arm]["decode"]) for arm in ARMS}
+    return {
+        "prefill_speedup": statistics.median(ratios),
+        "prefill_speedup_each": ratios,
+        "prefill_seconds": {arm: _median(parts, arm, "prefill") for arm in ARMS},
+        "decode_seconds": decode,
+        "perplexity": {arm: math.exp(nll[arm]) for arm in ARMS},
+        "perplexity_rise": math.exp(nll["tuned"] - nll["dense"]) - 1,
+        "kl": statistics.fmean(row["kl"] for row in parts.rounds),
+        "peak_bytes": {arm: parts.rounds[0][arm]["peak_bytes"] for arm in ARMS},
+        "kv_bytes": {arm: parts.rounds[0][arm]["kv_bytes"] for arm in ARMS},
+        "passkey": {arm: sum(parts.passkeys[arm]) for arm in ARMS},
+        "passkeys_asked": len(parts.passkeys["dense"]),
+    }
+
+
+def passkey_table(parts: ReportParts) -> list[dict[str, Any]]:
+    """Per length and depth, what each arm found."""
+    settings, rows = parts.plan.settings, []
+    for place, length in enumerate(settings.lengths):
+        cells = []
+        for column in range(len(settings.depths)):
+            at = place * len(settings.depths) + column
+            cells.append({"tries": 1} | {arm: int(parts.passkeys[arm][at]) for arm in ARMS})
+        rows.append({"tokens": length, "cells": cells})
+    return rows
+
+
+def targets(parts: ReportParts, summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was wanted, what came out, and whether that is enough."""
+    by_length = [
+        sum(cell["tuned"] for cell in row["cells"]) >= sum(cell["dense"] for cell in row["cells"])
+        for row in passkey_table(parts)
+    ]
+    budget = parts.plan.settings.budget
+    return [
+        {"name": "prefill, against dense", "wanted": f"at least {PREFILL_TARGET}×",
+         "got": f"{summary['prefill_speedup']:.2f}×", "met": summary["prefill_speedup"] >= PREFILL_TARGET},
+        {"name": "perplexity, against dense", "wanted": f"at most {percent(budget)} more",
+         "got": f"{100 * summary['perplexity_rise']:+.2f} %", "met": summary["perplexity_rise"] <= budget},
+        {"name": "pass keys found", "wanted": f"no fewer than dense ({summary['passkey']['dense']}) at any length",
+         "got": f"{summary['passkey']['tuned']} of {summary['passkeys_asked']}", "met": all(by_length)},
+    ]  # fmt: skip
+
+
+def heldout(parts: ReportParts, summary: dict[str, Any]) -> dict[str, Any]:
+    """The table of measurements."""
+
+    def row(name: str, values: dict[str, Any], show: Any) -> dict[str, str]:
+        known = all(values[arm] is not None for arm in ARMS)
+        ratio = f"{values['tuned'] / values['dense']:.3f}" if known and values["dense"] else "–"
+        return {"name": name, "dense": show(values["dense"]), "tuned": show(values["tuned"]), "ratio": ratio}
+
+    table = [
+        row("prefill, median", summary["prefill_seconds"], seconds),
+        row("one decoded token, median", summary["decode_seconds"], seconds),
+        row("perplexity", summary["perplexity"], lambda x: f"{x:.4f}"),
+        row("peak memory of a prefill", summary["peak_bytes"], megabytes),
+        row("key/value cache", summary["kv_bytes"], megabytes),
+    ]
+    table.append({"name": "mean KL(dense ‖ tuned), nats", "dense": "–", "tuned": f"{summary['kl']:.5f}", "ratio": "–"})
+    each = ", ".join(f"{ratio:.2f}×" for ratio in summary["prefill_speedup_each"])
+    notes = f"Prefill speed-up in each round: {each}. Decoding runs dense in this recipe, on a full cache."
+    if summary["peak_bytes"]["dense"] is None:
+        notes += " Peak memory cannot be measured on this system."
+    return {
+        "rounds": len(parts.rounds), "table": table, "notes": notes, "depths": list(parts.plan.settings.depths),
+        "passkey": passkey_table(parts),
+    }  # fmt: skip
+
+
+def layers(parts: ReportParts) -> list[dict[str, Any]]:
+    """What each layer runs."""
+    rows = []
+    for (name, scores), chosen in zip(parts.scores.items(), parts.assignment.chosen.tolist(), strict=True):
+        choices = parts.recipe.layers[name].prefill
+        by_key = {candidate.key: number for number, candidate in enumerate(parts.candidates)}
+        cells = []
+        for choice in choices:
+            candidate = Candidate(choice.mechanism, dict(choice.settings))
+            number = by_key[candidate.key] if candidate.key in by_key else _find(parts, candidate)
+            heads = [head for head, c in enumerate(chosen) if c == number]
+            cells.append({
+                "heads": heads, "mechanism": candidate.mechanism, "label": parts.candidates[number].label,
+                "density": scores[number].density, "min_tokens": choice.min_tokens,
+            })  # fmt: skip
+        rows.append({"key": name, "choices": cells, "dense_seconds": scores[0].seconds})
+    return rows
+
+
+def _find(parts: ReportParts, wanted: Candidate) -> int:
+    """A candidate by mechanism and settings; a recipe holds lists as tuples."""
+    for number, candidate in enumerate(parts.candidates):
+        if candidate.mechanism == wanted.mechanism and dict(candidate.settings) == dict(wanted.settings):
+            return number
+    raise ValueError(f"recipe: {wanted.label} is not among the candidates")
+
+
+def candidate_rows(parts: ReportParts) -> list[dict[str, Any]]:
+    """Each candidate, summed or averaged over the layers."""
+    rows = []
+    for number, candidate in enumerate(parts.candidates):
+        if number == 0:
+            continue
+        scores = [row[number] for row in parts.scores.values()]
+        rows.append({
+            "mechanism": candidate.mechanism, "settings": candidate.settings, "label": candidate.label,
+            "seconds": sum(score.seconds for score in scores),
+            "select_seconds": sum(score.select_seconds for score in scores),
+            "density": statistics.fmean(score.density for score in scores),
+            "error": statistics.fmean(error for score in scores for error in score.errors),
+            "damage": sum(sum(score.damage) for score in scores),
+            "heads_using": int((parts.assignment.chosen == number).sum()),
+        })  # fmt: skip
+    return rows
+
+
+def search(parts: ReportParts) -> dict[str, Any]:
+    """Frontier and trials; `kept` is the mixture in the recipe."""
+    return {
+        "dense_seconds": float(parts.choices.seconds[:, 0].sum()),
+        "frontier": [{"seconds": a.seconds, "damage": a.damage} for a in frontier(parts.choices)],
+        "confirmed": [
+            {"seconds": trial.seconds, "damage": trial.damage, "rise": trial.rise, "passkey": trial.passkey,
+             "holds": trial.holds, "kept": trial.damage == parts.assignment.damage}
+            for trial in parts.trials
+        ],
+    }  # fmt: skip

@@ -1,0 +1,320 @@
+"""`tune`: score, search, confirm, measure, write."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.models.tasks import Passkey, check_head, language_score, passkey_prompts, text_windows
+from saccade.models.text import calibration_text, heldout_text, read_text, split_text
+from saccade.plug import Recipe, attention_layers, fingerprint, patchable_layers
+from saccade.report import write_report
+from saccade.tune.calibrate import Calibration, score_model
+from saccade.tune.candidates import DENSE, Candidate, find_candidates
+from saccade.tune.confirm import Search, Trial, make_choices, make_recipe, rise_of
+from saccade.tune.crossover import crossover_lengths
+from saccade.tune.heldout import ARMS, Runner, measure_passkeys, measure_window
+from saccade.tune.pictures import draw_examples, pick_heads
+from saccade.tune.plan import Plan, Settings, confirm_lengths, make_plan
+from saccade.tune.progress import Progress
+from saccade.tune.report_data import ReportParts, report_data
+from saccade.tune.score import CandidateScore
+from saccade.tune.search import Assignment, Choices
+from saccade.tune.state import RunState
+
+CONFIRM_SEED = 1000
+"""Added to the seed for the pass keys of the search, so that the held-out ones are others."""
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a tuning run made.
+
+    Args:
+        recipe: The recipe.
+        report: Everything measured, as in `report.json`.
+        folder: Where `recipe.json`, `report.json` and `report.html` lie.
+    """
+
+    recipe: Recipe
+    report: dict[str, Any]
+    folder: Path
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """Token ids of the two halves of the text, and the halves themselves."""
+
+    calibration: str
+    heldout: str
+    calibration_ids: Tensor
+    heldout_ids: Tensor
+    source: str
+
+
+def plan_tuning(
+    model: Any, *, context: int = 8192, budget: float = 0.01, quick: bool = False, seed: int = 0,
+    mechanisms: Iterable[str] | None = None,
+) -> Plan:  # fmt: skip
+    """What `tune` with the same arguments would try and about how long; nothing is run beside a short timing.
+
+    Raises:
+        ValueError: As `tune`.
+    """
+    patchable_layers(model)
+    settings = Settings.make(context, budget, seed, quick=quick)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and context > limit:
+        raise ValueError(f"context={context}: expected at most the model's {limit} positions")
+    candidates, left_out = find_candidates(context, mechanisms)
+    if quick:
+        candidates = [c for c in candidates if c in _every_other(candidates)]
+    return make_plan(model, settings, candidates, left_out)
+
+
+def _every_other(candidates: list[Candidate]) -> list[Candidate]:
+    """Every second step of each ladder, the most computed one included."""
+    kept: list[Candidate] = []
+    for name in dict.fromkeys(c.mechanism for c in candidates):
+        ladder = [c for c in candidates if c.mechanism == name]
+        kept += ladder[::-2][::-1]
+    return kept
+
+
+def tune(
+    model: Any,
+    tokenizer: Any,
+    out: str | Path,
+    *,
+    text: str | Path | None = None,
+    context: int = 8192,
+    budget: float = 0.01,
+    quick: bool = False,
+    seed: int = 0,
+    mechanisms: Iterable[str] | None = None,
+    name: str = "model",
+    command: str = "",
+    progress: Progress | None = None,
+) -> TuneResult:
+    """Find the fastest mixture of mechanisms within a quality budget, and prove it on held-out text.
+
+    A run that was killed continues where it was when called again with the same arguments and `out`.
+
+    Args:
+        model: A transformers causal language model in eval mode, on its device.
+        tokenizer: Its tokenizer.
+        out: Folder for `recipe.json`, `report.json`, `report.html` and the state of the run.
+        text: A UTF-8 file to calibrate and measure on (its last 40 % are held out); None means the built-in text.
+        context: Tokens of a prompt.
+        budget: Largest allowed relative rise in perplexity.
+        quick: Fewer candidates, rounds and pass keys: about a third of the time.
+        seed: Of the pass keys.
+        mechanisms: Only these; None means all that apply.
+        name: What the report calls the model.
+        command: The command line, for the report.
+        progress: Is told what happens; None is silent.
+
+    Returns:
+        Recipe, report and folder.
+
+    Raises:
+        ValueError: If an argument is out of range, the text is too short, or the model cannot be patched.
+        RuntimeError: If a file cannot be written.
+    """
+    started = time.time()
+    progress = Progress() if progress is None else progress
+    plan = plan_tuning(model, context=context, budget=budget, quick=quick, seed=seed, mechanisms=mechanisms)
+    check_head(model)
+    texts = load_texts(tokenizer, text, context)
+    settings = plan.settings
+    print_ = fingerprint(model)
+    arguments = {
+        "model": asdict(print_), "settings": asdict(settings), "text": texts.source, "tokens": len(texts.heldout_ids),
+        "candidates": [candidate.key for candidate in plan.candidates],
+    }  # fmt: skip
+    state = RunState(Path(out) / "state.json", arguments)
+    if state.resumed:
+        progress.say(f"continuing the run in {out}")
+    job = _Job(model, tokenizer, texts, plan, state, progress)
+    scores = job.score()
+    candidates = [Candidate(DENSE), *plan.candidates]
+    choices = make_choices(candidates, scores)
+    assignment, trials = job.search(choices, candidates, list(scores))
+    crossings = job.crossovers(assignment, candidates)
+    about = {"context": context, "budget": budget, "seed": seed, "made_by": "saccade tune"}
+    recipe = make_recipe(model, list(scores), assignment, candidates, about, crossings)
+    rounds, splits, keys = job.measure(recipe)
+    examples = job.examples(recipe)
+    elapsed = state.get("time", "before") or 0.0
+    parts = ReportParts(
+        name=name, command=command, text=texts.source, plan=plan, candidates=candidates, scores=scores, choices=choices,
+        assignment=assignment, trials=trials, recipe=recipe, rounds=rounds, splits=splits, passkeys=keys,
+        examples=examples, elapsed=elapsed + time.time() - started,
+    )  # fmt: skip
+    report = report_data(model, parts)
+    folder = Path(out)
+    write_report(report, folder)
+    recipe.save(folder / "recipe.json")
+    return TuneResult(recipe, report, folder)
+
+
+def load_texts(tokenizer: Any, text: str | Path | None, context: int) -> Texts:
+    """Both halves of the text, tokenised.
+
+    Raises:
+        ValueError: If a half is shorter than the context.
+    """
+    if text is None:
+        halves, source = (calibration_text(), heldout_text()), "built-in: documentation in CPython's pydoc_data.topics"
+    else:
+        halves, source = split_text(read_text(text)), str(text)
+    ids = [torch.tensor(tokenizer(half, add_special_tokens=False).input_ids) for half in halves]
+    for label, half in zip(("calibration", "held-out"), ids, strict=True):
+        if len(half) < context:
+            raise ValueError(f"text={source!r}: its {label} part has {len(half)} tokens, expected at least {context}")
+    counts = f"{len(ids[0]):,} calibration and {len(ids[1]):,} held-out tokens"
+    return Texts(*halves, *ids, f"{source}; {counts}")
+
+
+class _Job:
+    """The stages of one run, each kept in the state file as it goes."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, texts: Texts, plan: Plan, state: RunState, progress: Progress
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.texts = texts
+        self.plan = plan
+        self.settings = plan.settings
+        self.state = state
+        self.progress = progress
+
+    def score(self) -> dict[str, list[CandidateScore]]:
+        """Scores of every layer, dense attention first."""
+        layers = list(attention_layers(self.model))
+
+        def known(layer: str) -> list[CandidateScore] | None:
+            rows = self.state.get("scores", layer)
+            return None if rows is None else [CandidateScore.from_json(row) for row in rows]
+
+        with self.progress.stage("score candidates per layer", len(layers)):
+            done = [layer for layer in layers if known(layer) is not None]
+            for _ in done:
+                self.progress.step()
+
+            def found(layer: str, rows: list[CandidateScore]) -> None:
+                self.state.put("scores", layer, [row.to_json() for row in rows])
+                self.progress.step(f"{len(rows) - 1} candidates in {layer}")
+
+            if len(done) < len(layers):
+                prompt = self._keys((self.settings.context - 8,), (0.3,), self.texts.calibration)[0]
+                calibration = Calibration.from_passkey(prompt, self.tokenizer)
+                score_model(self.model, calibration, list(self.plan.candidates), known, found)
+        return {layer: known(layer) or [] for layer in layers}
+
+    def _keys(
+        self, lengths: tuple[int, ...], depths: tuple[float, ...], haystack: str, offset: int = 0
+    ) -> list[Passkey]:
+        return passkey_prompts(self.tokenizer, lengths, depths, self.settings.seed + offset, haystack)
+
+    def search(
+        self, choices: Choices, candidates: list[Candidate], layers: list[str]
+    ) -> tuple[Assignment, list[Trial]]:
+        """The fastest assignment that holds on calibration text, and every one tried."""
+        windows = text_windows(self.texts.calibration_ids, self.settings.context, 1)
+        prompts = self._keys(confirm_lengths(self.settings), self.settings.depths, self.texts.calibration, CONFIRM_SEED)
+
+        def recipe_of(assignment: Assignment) -> Recipe:
+            return make_recipe(self.model, layers, assignment, candidates, {})
+
+        def measure(assignment: Assignment) -> float:
+            return self._kept(
+                "rise", _name(assignment), lambda: rise_of(self.model, recipe_of(assignment), windows, nll)
+            )
+
+        def retrieve(assignment: Assignment) -> tuple[int, int, int]:
+            runner = Runner(self.model, recipe_of(assignment))
+            dense = self._kept("keys", "dense", lambda: measure_passkeys(runner, self.tokenizer, prompts, "dense"))
+            mine = self._kept(
+                "keys", _name(assignment), lambda: measure_passkeys(runner, self.tokenizer, prompts, "tuned")
+            )
+            return sum(mine), sum(dense), len(prompts)
+
+        with self.progress.stage("search and confirm", self.settings.confirmations + 1):
+            nll = self._kept("rise", "dense", lambda: language_score(self.model, windows).nll)
+            self.progress.step("dense perplexity")
+            search = Search(choices, self.settings.budget, measure, retrieve)
+            best = search.run(self.settings.confirmations, self.progress.step)
+        return best, search.trials
+
+    def _kept(self, stage: str, key: str, make: Any) -> Any:
+        """A result from the state file, or made now and kept there."""
+        value = self.state.get(stage, key)
+        if value is None:
+            value = make()
+            self.state.put(stage, key, value)
+        return value
+
+    def crossovers(self, assignment: Assignment, candidates: list[Candidate]) -> dict[str, int]:
+        """For each candidate in use, the length below which dense attention is faster."""
+        used = [candidates[number] for number in sorted(set(assignment.chosen.flatten().tolist())) if number]
+        ids = self.texts.calibration_ids[: self.settings.context]
+        return self._kept(
+            "crossover", _name(assignment), lambda: crossover_lengths(self.model, ids, used, self.settings.context)
+        )
+
+    def measure(self, recipe: Recipe) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, list[bool]]]:
+        """Held-out rounds, time splits and pass keys of both arms."""
+        runner = Runner(self.model, recipe)
+        windows = text_windows(self.texts.heldout_ids, self.settings.context, self.settings.rounds)
+        recipe_key = recipe.to_json()
+        with self.progress.stage("measure on held-out text", len(windows) + len(ARMS)):
+            splits = {}
+            for name in ARMS:  # also warms both arms up
+                split = self._kept(
+                    "split", name + recipe_key, lambda name=name: asdict(runner.split(windows[:1], name))
+                )
+                splits[name] = split
+                self.progress.step(f"time split, {name}")
+            rounds = []
+            for number, window in enumerate(windows):
+                row = self._kept(
+                    "rounds", f"{number}{recipe_key}", lambda w=window, n=number: measure_window(runner, w, n)
+                )
+                rounds.append(row)
+                times = " and ".join(f"{row[name]['prefill']:.1f} s {name}" for name in ARMS)
+                self.progress.step(f"round {number + 1}: prefill {times}")
+        found: dict[str, list[bool]] = {name: [] for name in ARMS}
+        with self.progress.stage("pass keys", len(self.settings.lengths)):
+            for length in self.settings.lengths:
+                prompts = self._keys((length,), self.settings.depths, self.texts.heldout, length)
+                for name in ARMS:
+                    key = f"{length}{name}" + (recipe_key if name == "tuned" else "")
+                    found[name] += self._kept(
+                        "heldout keys", key,
+                        lambda p=prompts, n=name: measure_passkeys(runner, self.tokenizer, p, n),
+                    )  # fmt: skip
+                self.progress.step(f"{length:,} tokens")
+        return rounds, splits, found
+
+    def examples(self, recipe: Recipe) -> list[dict[str, Any]]:
+        """Pictures of some heads on held-out text."""
+        ids = self.texts.heldout_ids[: self.settings.context]
+        with self.progress.stage("pictures and report", 1):
+            pictures: list[dict[str, Any]] = self._kept(
+                "examples", recipe.to_json(), lambda: draw_examples(self.model, ids, pick_heads(recipe))
+            )
+            self.progress.step()
+        return pictures
+
+
+def _name(assignment: Assignment) -> str:
+    """A key for an assignment."""
+    return "".join(chr(48 + number) for number in assignment.chosen.flatten().tolist())
