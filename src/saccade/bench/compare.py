@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from saccade.bench.measure import Machine, describe_machine, interleaved, median, peak_bytes
 from saccade.catalog import get
+from saccade.mechanisms.base import Mixer
 from saccade.ops import attend, recording
 from saccade.types import Geometry, Kind, Pattern
 
@@ -145,57 +147,74 @@ def compare(
     device = str(q.device)
     built = _build(mechanisms, q.shape[2], causal)
 
-    def dense(n: int = q.shape[2]) -> Tensor:
-        return attend(q[:, :, :n], k[:, :, :n], v[:, :, :n], causal=causal, scale=scale)
-
-    def call(label: str, n: int = q.shape[2]) -> Tensor:
-        return built[label](q[:, :, :n], k[:, :, :n], v[:, :, :n], geometry=geometry, scale=scale)
-
+    whole = Problem(q, k, v, geometry, scale)
+    calls = {"dense": whole.dense} | {label: partial(whole.run, mechanism) for label, mechanism in built.items()}
     with torch.no_grad():
-        wanted = dense()
-        times = interleaved({"dense": dense} | {x: lambda x=x: call(x) for x in built}, rounds, device=device)  # type: ignore[misc]
+        wanted = whole.dense()
+        times = interleaved(calls, rounds, device=device)
+        crossings = _crossovers(whole, built, device) if crossover else {}
         base = median(times["dense"])
-        lengths = [n for n in CROSSOVER_LENGTHS if n <= q.shape[2]] if crossover else []
-        crossings = _crossovers({n: {"dense": lambda n=n: dense(n)} | {x: lambda x=x, n=n: call(x, n) for x in built} for n in lengths}, device)  # type: ignore[misc]  # fmt: skip
         rows = [
-            _row(
-                label, lambda label=label: call(label), wanted, times[label], base, crossings.get(label), causal, device
-            )  # type: ignore[misc]
+            _row(label, calls[label], wanted, times[label], base, crossings.get(label), causal=causal)
             for label in built
         ]
-    dense_row = Row("dense", 0.0, base, 0.0, 1.0, peak_bytes(dense, device), 1.0, None)
-    return Comparison(problem, describe_machine(device.split(":", maxsplit=1)[0]), dense_row, tuple(rows))
+        dense_row = Row("dense", 0.0, base, 0.0, 1.0, peak_bytes(whole.dense, device), 1.0, None)
+    return Comparison(problem, describe_machine(device.split(":")[0]), dense_row, tuple(rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Inputs that every mechanism is called on."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    geometry: Geometry
+    scale: float | None
+
+    def head(self, tokens: int) -> Problem:
+        """The first `tokens` tokens."""
+        return replace(self, q=self.q[:, :, :tokens], k=self.k[:, :, :tokens], v=self.v[:, :, :tokens])
+
+    def dense(self) -> Tensor:
+        """Dense attention."""
+        return attend(self.q, self.k, self.v, causal=self.geometry.causal, scale=self.scale)
+
+    def run(self, mechanism: Any) -> Tensor:
+        """A mechanism's output; mixers have no scale of their own to set."""
+        options = {} if isinstance(mechanism, Mixer) else {"scale": self.scale}
+        out: Tensor = mechanism(self.q, self.k, self.v, geometry=self.geometry, **options)
+        return out
 
 
 def _build(mechanisms: Iterable[str], tokens: int, causal: bool) -> dict[str, Any]:
     """Label -> mechanism, for every setting asked for."""
     built: dict[str, Any] = {}
+    pattern = Pattern.CAUSAL_SELF if causal else Pattern.NONCAUSAL_SELF
     for text in mechanisms:
         name, settings = parse_mechanism(text)
         card = get(name)
-        pattern = Pattern.CAUSAL_SELF if causal else Pattern.NONCAUSAL_SELF
         if card.kind not in COMPARABLE or pattern not in card.patterns:
-            raise ValueError(
-                f"mechanisms={name!r}: a {card.kind} for {sorted(card.patterns)} cannot run on {pattern} q, k, v"
-            )
-        ladder = (
-            card.ladder(tokens) if settings is None and card.ladder is not None else (settings or dict(card.example),)
-        )
-        for setting in ladder:
-            inside = ", ".join(f"{key}={value}" for key, value in setting.items())
-            built[f"{name}({inside})"] = card.build(**setting)
+            known = ", ".join(sorted(card.patterns))
+            raise ValueError(f"mechanisms={name!r}: a {card.kind} for {known} cannot run on {pattern} q, k, v")
+        steps: tuple[Any, ...] = (dict(card.example) if settings is None else settings,)
+        if settings is None and card.ladder is not None:
+            steps = card.ladder(tokens)
+        for step in steps:
+            inside = ", ".join(f"{key}={value}" for key, value in step.items())
+            built[f"{name}({inside})"] = card.build(**step)
     return built
 
 
 def _row(
     label: str,
-    run: Any,
+    run: Callable[[], Tensor],
     wanted: Tensor,
     times: list[float],
     base: float,
     crossover: int | None,
+    *,
     causal: bool,
-    device: str,
 ) -> Row:
     with recording() as records:
         out = run()
@@ -204,21 +223,21 @@ def _row(
     if density is not None and causal:
         density *= 2 * tokens / (tokens + 1)
     error = float((out.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+    select = sum(record.select_seconds for record in records)
     seconds = median(times)
-    return Row(
-        label, error, seconds, sum(record.select_seconds for record in records), base / seconds,
-        peak_bytes(run, device), density, crossover,
-    )  # fmt: skip
+    return Row(label, error, seconds, select, base / seconds, peak_bytes(run, str(out.device)), density, crossover)
 
 
-def _crossovers(calls: dict[int, dict[str, Any]], device: str) -> dict[str, int]:
+def _crossovers(whole: Problem, built: dict[str, Any], device: str) -> dict[str, int]:
     """For each label, the shortest length from which it is faster than dense at every longer one tried."""
     faster: dict[int, set[str]] = {}
-    for length, by_label in calls.items():
-        times = {label: min(values) for label, values in interleaved(by_label, rounds=3, device=device).items()}
+    for length in (n for n in CROSSOVER_LENGTHS if n <= whole.q.shape[2]):
+        part = whole.head(length)
+        calls = {"dense": part.dense} | {label: partial(part.run, mechanism) for label, mechanism in built.items()}
+        times = {label: min(values) for label, values in interleaved(calls, rounds=3, device=device).items()}
         faster[length] = {label for label, seconds in times.items() if seconds < times["dense"]}
     found: dict[str, int] = {}
-    for label in {label for labels in faster.values() for label in labels}:
+    for label in built:
         for length in sorted(faster, reverse=True):
             if label not in faster[length]:
                 break

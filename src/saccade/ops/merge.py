@@ -26,7 +26,7 @@ def merge(parts: Sequence[AttentionOutput | tuple[Tensor, Tensor]]) -> Attention
         raise ValueError("parts=[]: expected at least one (out, lse)")
     if any(lse is None for _, lse in parts):
         raise ValueError("parts: one has lse=None, expected results of return_lse=True")
-    lses = torch.stack([lse for _, lse in parts])  # type: ignore[arg-type]
+    lses = torch.stack([lse for _, lse in parts if lse is not None])
     top = lses.detach().amax(0)
     top = torch.where(top == -torch.inf, 0.0, top)
     weights = torch.exp(lses - top)

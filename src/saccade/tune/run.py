@@ -179,7 +179,7 @@ def load_texts(tokenizer: Any, text: str | Path | None, context: int) -> Texts:
         if len(half) < context:
             raise ValueError(f"text={source!r}: its {label} part has {len(half)} tokens, expected at least {context}")
     counts = f"{len(ids[0]):,} calibration and {len(ids[1]):,} held-out tokens"
-    return Texts(*halves, *ids, f"{source}; {counts}")
+    return Texts(halves[0], halves[1], ids[0], ids[1], f"{source}; {counts}")
 
 
 class _Job:

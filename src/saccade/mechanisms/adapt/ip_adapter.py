@@ -50,6 +50,8 @@ class IPAdapter(Layer):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
+        require(channels >= 1, "channels", channels, "at least 1")
+        require(text_channels >= 1, "text_channels", text_channels, "at least 1")
         require(heads >= 1 and channels % heads == 0, "heads", heads, f"a divisor of channels={channels}")
         base = (
             nn.Linear(channels, channels, bias=False),
@@ -109,6 +111,7 @@ class IPAdapter(Layer):
         self.to_q, self.to_k, self.to_v, self.to_out = base
         self.heads, self.scale = heads, scale
         given = self.to_k.in_features if image_channels is None else image_channels
+        require(given >= 1, "image_channels", image_channels, "at least 1, or None")
         like: dict[str, Any] = {"device": self.to_k.weight.device, "dtype": self.to_k.weight.dtype}
         self.to_k_image = nn.Linear(given, self.to_k.out_features, bias=False, **like)
         self.to_v_image = nn.Linear(given, self.to_v.out_features, bias=False, **like)

@@ -29,7 +29,7 @@ def _rung(n: int, size: int) -> dict[str, int]:
     code="google-research/bigbird",
     patterns=SELF_PATTERNS,
     supports=frozenset({"backward", "gqa", "lse", "streaming"}),
-    training_free=True,
+    training_free=False,
     exact_when="window * block >= N",
     complexity="N",
     deviations=(

@@ -28,7 +28,7 @@ def _rung(n: int, stride: int, local: int) -> dict[str, int]:
     code="linxihui/dkernel",
     patterns=SELF_PATTERNS,
     supports=frozenset({"backward", "gqa", "lse", "streaming"}),
-    training_free=True,
+    training_free=False,
     exact_when="stride = 1, or local_blocks * block >= N",
     complexity="N^2",
     deviations=(

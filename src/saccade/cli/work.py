@@ -1,0 +1,231 @@
+"""`saccade tune`, `run`, `compare` and `bench`: find a recipe, use it, and measure."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from saccade.cli.progress import BarProgress
+
+console = Console()
+BUILT_IN = "smollm2"
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Attach the commands of this file."""
+    app.command("tune")(tune_command)
+    app.command("run")(run_command)
+    app.command("compare")(compare_command)
+    app.command("bench")(bench_command)
+
+
+def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:
+    """A model and its tokenizer: the built-in one, a folder, or a transformers id (never with code of its own).
+
+    Raises:
+        ValueError: If the device or dtype is unknown, or the model cannot be loaded.
+    """
+    import torch
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in kinds:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(kinds)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r}: not available here: {str(error).splitlines()[0]}") from error
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if name == BUILT_IN:
+        from saccade.models.smollm2 import is_cached, load_smollm2
+
+        if not is_cached():
+            console.print("fetching SmolLM2-135M-Instruct (93 MB, once)")
+        model, tokenizer = load_smollm2(dtype=kinds[dtype])
+    else:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype])
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model={name!r}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def tune_command(
+    model: Annotated[str, typer.Argument(help="smollm2, a folder, or a transformers id.")] = BUILT_IN,
+    out: Annotated[Path, typer.Option(help="Folder for recipe, report and state.")] = Path("saccade-out/tune"),
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to tune and measure on.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 8192,
+    budget: Annotated[float, typer.Option(help="Largest allowed relative rise in perplexity.")] = 0.01,
+    device: str = "cpu",
+    dtype: str = "float32",
+    quick: Annotated[bool, typer.Option("--quick", help="About a third of the time.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be tried, and stop.")] = False,
+    mechanism: Annotated[list[str] | None, typer.Option(help="Only these mechanisms.")] = None,
+    seed: int = 0,
+) -> None:
+    """Find what each layer can bear, prove it on held-out text, write a recipe and a report."""
+    from saccade.tune import plan_tuning, tune
+
+    loaded, tokenizer = load_model(model, device, dtype)
+    plan = plan_tuning(loaded, context=context, budget=budget, quick=quick, seed=seed, mechanisms=mechanism)
+    console.print(
+        f"{len(plan.candidates)} candidates of {len({c.mechanism for c in plan.candidates})} mechanisms per layer, "
+        f"{context:,} tokens, at most {budget:.2%} more perplexity; about {plan.total_minutes:.0f} minutes"
+    )
+    if dry_run:
+        table = Table("stage", "minutes")
+        for stage, minutes in plan.minutes.items():
+            table.add_row(stage, f"{minutes:.1f}")
+        console.print(table)
+        for candidate in plan.candidates:
+            console.print(f"  {candidate.label}", highlight=False)
+        for name, why in plan.left_out.items():
+            console.print(f"  [dim]{name}: {why}[/]", highlight=False)
+        return
+    started = time.time()
+    with BarProgress(console, plan) as progress:
+        result = tune(
+            loaded, tokenizer, out, text=text, context=context, budget=budget, quick=quick, seed=seed,
+            mechanisms=mechanism, name="SmolLM2-135M-Instruct" if model == BUILT_IN else model,
+            command=shlex.join(["saccade", *sys.argv[1:]]), progress=progress,
+        )  # fmt: skip
+    print_summary(result.report)
+    console.print(f"{(time.time() - started) / 60:.1f} minutes", highlight=False)
+    console.print(f"recipe  {result.folder / 'recipe.json'}\nreport  {result.folder / 'report.html'}", highlight=False)
+
+
+def print_summary(report: dict[str, Any]) -> None:
+    """The held-out table and the targets."""
+    table = Table("", "dense", "tuned", "tuned / dense")
+    for row in report["heldout"]["table"]:
+        table.add_row(row["name"], row["dense"], row["tuned"], row["ratio"])
+    for row in report["heldout"]["passkey"]:
+        found = [f"{sum(cell[arm] for cell in row['cells'])}/{len(row['cells'])}" for arm in ("dense", "tuned")]
+        table.add_row(f"pass keys at {row['tokens']:,} tokens", *found, "")
+    console.print(table)
+    for target in report["targets"]:
+        mark = "[green]reached[/]" if target["met"] else "[red]missed[/]"
+        console.print(f"{mark}  {target['name']}: {target['got']} (wanted {target['wanted']})", highlight=False)
+
+
+def run_command(
+    model: Annotated[str, typer.Argument(help="smollm2, a folder, or a transformers id.")] = BUILT_IN,
+    prompt: Annotated[str | None, typer.Option(help="What to say; - reads standard input.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="recipe.json of `saccade tune`; none runs dense.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 128,
+    device: str = "cpu",
+    dtype: str = "float32",
+    explain: Annotated[bool, typer.Option("--explain", help="Show afterwards what each layer ran.")] = False,
+) -> None:
+    """Generate text with a recipe, streaming, and say how fast it was."""
+    from saccade.cli.generate import generate
+    from saccade.plug import Recipe
+
+    if tokens < 1:
+        raise ValueError(f"tokens={tokens}: expected at least 1")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if text is None or not text.strip():
+        raise ValueError(f"prompt={text!r}: expected some text, or - for standard input")
+    wanted = None if recipe is None else Recipe.load(recipe)
+    loaded, tokenizer = load_model(model, device, dtype)
+    generate(loaded, tokenizer, text, wanted, tokens, explain_after=explain)
+
+
+def compare_command(
+    mechanisms: Annotated[list[str], typer.Argument(help="NAME, or NAME:setting=value,setting=value.")],
+    shape: Annotated[str, typer.Option(help="batch,heads,kv-heads,tokens,dim")] = "1,8,8,4096,64",
+    model: Annotated[str | None, typer.Option(help="Use a model's recorded q, k, v instead of a shape.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens recorded from the model.")] = 4096,
+    layer: Annotated[int, typer.Option(help="Layer of the model.")] = 0,
+    noncausal: Annotated[bool, typer.Option("--noncausal")] = False,
+    rounds: int = 5,
+    crossover: Annotated[bool, typer.Option("--crossover/--no-crossover")] = True,
+    device: str = "cpu",
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of error against time to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Compare mechanisms with dense attention on the same queries, keys and values."""
+    from saccade.bench import compare, parse_mechanism, random_problem
+
+    for text in mechanisms:
+        parse_mechanism(text)
+    scale = None
+    if model is None:
+        sizes = parse_shape(shape)
+        q, k, v = random_problem(sizes, device=device)
+        problem = f"random q, k, v of shape {shape}"
+    else:
+        from saccade.bench.record import record_layer
+
+        loaded, tokenizer = load_model(model, device)
+        q, k, v, scale = record_layer(loaded, tokenizer, context, layer)
+        problem = f"layer {layer} of {model} on {context:,} tokens of built-in text"
+    result = compare(
+        mechanisms, q, k, v, causal=not noncausal, scale=scale, rounds=rounds, crossover=crossover, problem=problem
+    )
+    if plot is not None:
+        from saccade.bench.plot import plot_comparison
+
+        plot_comparison(result, plot)
+    if as_json:
+        print(json.dumps(result.to_json(), indent=2))
+        return
+    columns = ("mechanism", "error", "time", "choosing", "speed-up", "memory", "density", "faster from")
+    table = Table(*columns, title=problem)
+    for row in (result.dense, *result.rows):
+        memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB"
+        density = "" if row.density is None else f"{row.density:.1%}"
+        table.add_row(
+            row.label, f"{row.error:.4f}", f"{row.seconds * 1e3:.1f} ms", f"{row.select_seconds * 1e3:.1f} ms",
+            f"{row.speedup:.2f}", memory, density, "" if row.crossover is None else f"{row.crossover:,}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(f"{result.machine.processor}, {result.machine.threads} threads", highlight=False)
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Five whole numbers.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"shape={text!r}: expected batch,heads,kv-heads,tokens,dim as in 1,8,8,4096,64") from None
+
+
+def bench_command(
+    what: Annotated[str, typer.Argument(help="ops: the engines against PyTorch; machine: this machine.")] = "ops",
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes only.")] = False,
+) -> None:
+    """Measure the engines against PyTorch's own attention in interleaved rounds."""
+    from saccade.bench.measure import describe_machine
+    from saccade.bench.ops import bench_ops
+
+    if what not in ("ops", "machine"):
+        raise ValueError(f"what={what!r}: expected ops or machine")
+    machine = describe_machine().to_json()
+    cases = bench_ops(quick=quick) if what == "ops" else []
+    if as_json:
+        print(json.dumps({"machine": machine, "cases": [case.to_json() for case in cases]}, indent=2))
+        return
+    if cases:
+        table = Table("case", "ours", "against", "theirs", "ratio", "peak memory")
+        for case in cases:
+            table.add_row(*case.cells())
+        console.print(table)
+    for key, value in machine.items():
+        console.print(f"[dim]{key:>14}[/]  {value}", highlight=False)

@@ -1,0 +1,80 @@
+"""From predictions to something that holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saccade.tune.candidates import DENSE, Candidate
+from saccade.tune.confirm import MARGIN, Search, make_choices, make_recipe
+from saccade.tune.score import CandidateScore
+from saccade.tune.search import Choices, evaluate
+
+
+def ladder_choices(layers=6, heads=4):
+    """Four steps: half the time each, three times the damage each."""
+    candidates = [Candidate(DENSE)] + [Candidate("sink_window", {"window": n}) for n in (512, 256, 128, 64)]
+    seconds = torch.tensor([1.0, 0.5, 0.3, 0.2, 0.15], dtype=torch.float64).repeat(layers, 1)
+    steps = torch.tensor([0.0, 1.0, 3.0, 9.0, 27.0], dtype=torch.float64)
+    weight = torch.linspace(0.2, 2.0, layers * heads, dtype=torch.float64).view(layers, heads, 1)
+    return Choices(candidates, seconds, 1e-3 * steps * weight)
+
+
+@pytest.mark.parametrize("slope", [0.02, 0.2, 2.0])
+def test_what_is_kept_held(slope):
+    choices = ladder_choices()
+    search = Search(choices, 0.01, lambda a: slope * a.damage, lambda a: (3, 3, 4))
+    best = search.run(4, lambda note: None)
+    assert slope * best.damage <= MARGIN * 0.01
+    assert best.seconds <= float(choices.seconds[:, 0].sum())
+    assert any(trial.holds for trial in search.trials) == (best.damage > 0)
+
+
+def test_more_tries_do_not_make_it_slower():
+    choices = ladder_choices()
+    few, many = (
+        Search(choices, 0.01, lambda a: 0.5 * a.damage, lambda a: (3, 3, 4)).run(tries, lambda note: None)
+        for tries in (1, 5)
+    )
+    assert many.seconds <= few.seconds
+
+
+def test_lost_pass_keys_make_it_back_off():
+    choices = ladder_choices()
+    search = Search(choices, 0.5, lambda a: 0.01 * a.damage, lambda a: (2 if a.damage > 0.02 else 3, 3, 4))
+    best = search.run(6, lambda note: None)
+    assert best.damage <= 0.02
+    assert any("2/4, dense 3/4" in trial.passkey for trial in search.trials if not trial.holds)
+
+
+def test_nothing_holds_means_dense():
+    search = Search(ladder_choices(), 1e-9, lambda a: 1.0, lambda a: (0, 1, 1))
+    best = search.run(3, lambda note: None)
+    assert best.damage == 0
+    assert best.chosen.eq(0).all()
+
+
+def test_steady_candidates_get_their_median_time():
+    def score(seconds, density):
+        return CandidateScore(seconds, 0.0, density, [0.0] * 2, [0.0] * 2)
+
+    rows = {f"layer{n}": [score(1.0, 1.0), score(s, 0.25), score(s, d)]
+            for n, (s, d) in enumerate([(0.2, 0.1), (0.9, 0.6), (0.3, 0.2)])}  # fmt: skip
+    candidates = [Candidate(DENSE), Candidate("sink_window", {"window": 8}), Candidate("xattention", {"threshold": 0.9})]
+    choices = make_choices(candidates, rows)
+    assert choices.seconds[:, 1].tolist() == [0.3, 0.3, 0.3]
+    assert choices.seconds[:, 2].tolist() == [0.2, 0.9, 0.3]
+
+
+def test_recipe_groups_heads(byte_model):
+    model, _ = byte_model
+    candidates = [Candidate(DENSE), Candidate("sink_window", {"window": 64})]
+    damage = torch.zeros(2, 4, 2, dtype=torch.float64)
+    choices = Choices(candidates, torch.tensor([[1.0, 0.1]] * 2, dtype=torch.float64), damage)
+    assignment = evaluate(choices, torch.tensor([[0, 1, 0, 1], [1, 1, 1, 1]]))
+    names = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    recipe = make_recipe(model, names, assignment, candidates, {}, {candidates[1].key: 512})
+    first, second = (recipe.layers[name].prefill for name in names)
+    assert [(c.heads, c.mechanism) for c in first] == [((0, 2), "dense"), ((1, 3), "sink_window")]
+    assert (second[0].heads, second[0].min_tokens) == ("all", 512)
+    assert recipe.layers[names[0]].decode[0].mechanism == "dense"

@@ -1,0 +1,132 @@
+"""A whole tuning run on a tiny model: files, resuming, and errors before any work."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from saccade.plug import Recipe, apply
+from saccade.tune import Progress, plan_tuning, tune
+
+OPTIONS = {"context": 2048, "quick": True, "mechanisms": ["sink_window", "sparge"], "budget": 0.5}
+
+
+class Notes(Progress):
+    """Keeps what it is told, and can stop a run."""
+
+    def __init__(self, stop_at=None):
+        self.stages, self.notes, self.stop_at = [], [], stop_at
+
+    def begin(self, title, steps):
+        self.stages.append(title)
+
+    def step(self, note=""):
+        self.notes.append(note)
+        if self.stop_at is not None and self.stop_at in note:
+            raise KeyboardInterrupt
+
+    def say(self, text):
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def finished(byte_model, tmp_path_factory):
+    model, tokenizer = byte_model
+    folder = tmp_path_factory.mktemp("tune")
+    notes = Notes()
+    return tune(model, tokenizer, folder, progress=notes, name="tiny <b>", command="saccade tune", **OPTIONS), notes
+
+
+def test_the_files_are_there_and_agree(finished):
+    result, _ = finished
+    assert Recipe.load(result.folder / "recipe.json") == result.recipe
+    assert json.loads((result.folder / "report.json").read_text()) == json.loads(json.dumps(result.report))
+    page = (result.folder / "report.html").read_text()
+    assert "tiny &lt;b&gt;" in page
+    assert "<script" not in page
+    assert re.search(r'(?:src|href)="http', page) is None
+
+
+def test_every_stage_is_told(finished):
+    _, notes = finished
+    assert notes.stages == [
+        "score candidates per layer", "search and confirm", "measure on held-out text", "pass keys",
+        "pictures and report",
+    ]  # fmt: skip
+
+
+def test_the_report_holds_what_was_measured(finished):
+    report = finished[0].report
+    assert len(report["layers"]) == 2
+    assert all(sum(len(c["heads"]) for c in layer["choices"]) == 4 for layer in report["layers"])
+    assert {row["mechanism"] for row in report["candidates"]} == {"sink_window", "sparge"}
+    assert report["summary"]["perplexity"]["dense"] > 1
+    assert report["summary"]["passkeys_asked"] == 4
+    assert [target["name"] for target in report["targets"]] == [
+        "prefill, against dense", "perplexity, against dense", "pass keys found",
+    ]  # fmt: skip
+    assert set(report["left_out"].values()) == {"not asked for"}
+
+
+def test_a_killed_run_continues(byte_model, tmp_path):
+    model, tokenizer = byte_model
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, tokenizer, tmp_path, progress=Notes(stop_at="layers.0"), **OPTIONS)
+    assert not (tmp_path / "recipe.json").exists()
+    notes = Notes()
+    result = tune(model, tokenizer, tmp_path, progress=notes, **OPTIONS)
+    assert f"continuing the run in {tmp_path}" in notes.notes
+    assert not any("layers.0" in note for note in notes.notes)
+    assert any("layers.1" in note for note in notes.notes)
+    assert len(result.report["layers"]) == 2
+
+
+def test_the_recipe_can_be_applied_and_undone(byte_model, finished):
+    model, tokenizer = byte_model
+    ids = tokenizer("The quick brown fox. " * 4, return_tensors="pt").input_ids
+    before = model(ids).logits
+    with apply(model, finished[0].recipe):
+        model(ids)
+    assert model(ids).logits.equal(before)
+
+
+def test_a_plan_lists_without_running(byte_model):
+    plan = plan_tuning(byte_model[0], **OPTIONS)
+    assert {c.mechanism for c in plan.candidates} == {"sink_window", "sparge"}
+    assert plan.total_minutes > 0
+    assert set(plan.minutes) == {
+        "score candidates per layer", "search and confirm", "measure on held-out text", "pass keys",
+        "pictures and report",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"context": 100}, "context=100: expected at least 256 tokens"),
+        ({"context": 8192}, "context=8192: expected at most the model's 4096 positions"),
+        ({"budget": 0.0}, "budget=0.0: expected a relative rise"),
+        ({"budget": 2.0}, "budget=2.0: expected a relative rise"),
+        ({"mechanisms": ["mobba"]}, "unknown mechanism 'mobba'; did you mean 'moba'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(byte_model, tmp_path, changes, words):
+    model, tokenizer = byte_model
+    with pytest.raises(ValueError, match=re.escape(words)):
+        tune(model, tokenizer, tmp_path, **(OPTIONS | changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_short_and_missing_texts_are_refused(byte_model, tmp_path):
+    model, tokenizer = byte_model
+    text = tmp_path / "short.txt"
+    text.write_text("one two three. " * 20)
+    with pytest.raises(ValueError, match=r"its calibration part has \d+ tokens, expected at least 2048"):
+        tune(model, tokenizer, tmp_path / "out", text=text, **OPTIONS)
+    with pytest.raises(ValueError, match=r"text='.*none.txt': cannot be read"):
+        tune(model, tokenizer, tmp_path / "out", text=tmp_path / "none.txt", **OPTIONS)

@@ -1,0 +1,51 @@
+"""Damage, errors and times of candidates on one layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saccade.tune.candidates import Candidate
+from saccade.tune.score import FOCUS_SHARE, LayerInputs, compare_outputs, score_layer
+
+
+def make_inputs(tokens=128, heads=4, groups=2, dim=8, mixing=True):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, tokens, dim, generator=generator) for h in (heads, groups, groups))
+    weight = torch.randn(24, heads * dim, generator=generator) if mixing else None
+    residual = torch.rand(tokens, generator=generator) + 1 if mixing else None
+    focus = torch.zeros(tokens, dtype=torch.bool)
+    focus[-3:] = True
+    return LayerInputs(q, k, v, dim**-0.5, weight, residual, focus)
+
+
+def test_damage_is_the_relative_change_of_the_residual_stream():
+    inputs = make_inputs()
+    generator = torch.Generator().manual_seed(1)
+    dense, out = (torch.randn(1, 4, 128, 8, generator=generator) for _ in range(2))
+    errors, damage = compare_outputs(out, dense, inputs)
+    for head in range(4):
+        change = (out - dense)[0, head]
+        moved = change @ inputs.mixing[:, head * 8 : head * 8 + 8].T
+        relative = moved.square().sum(-1) / inputs.residual.square()
+        wanted = (1 - FOCUS_SHARE) * relative.mean() + FOCUS_SHARE * relative[-3:].mean()
+        assert damage[head] == pytest.approx(float(wanted), rel=1e-4)
+        assert errors[head] == pytest.approx(float(change.norm() / dense[0, head].norm()), rel=1e-5)
+
+
+def test_full_budget_does_no_damage_and_less_does_more():
+    inputs = make_inputs()
+    steps = [Candidate("sink_window", {"window": n, "sinks": 0, "block": 16}) for n in (128, 64, 16)]
+    dense, full, half, little = score_layer(inputs, steps)
+    assert dense.density == 1.0
+    assert dense.damage == [0.0] * 4
+    assert max(full.damage) < 1e-9
+    assert full.density == pytest.approx(1.0)
+    assert sum(full.damage) < sum(half.damage) < sum(little.damage)
+    assert little.density < half.density < 1
+    assert all(score.seconds > 0 for score in (dense, full, half, little))
+
+
+def test_without_a_known_projection_the_output_itself_is_compared():
+    _, scored = score_layer(make_inputs(mixing=False), [Candidate("sink_window", {"window": 16, "block": 16})])
+    assert min(scored.damage) > 0
