@@ -6,12 +6,12 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, Union
 
 
-@lru_cache(maxsize=None)
+@cache
 def setting_types(target: type) -> dict[str, Any]:
     """Resolved annotation of every parameter of `target`'s constructor; unannotated or unresolvable ones are `Any`."""
     parameters = [p for p in inspect.signature(target).parameters.values() if p.kind is not p.VAR_KEYWORD]

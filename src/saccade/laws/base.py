@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -15,11 +16,11 @@ from torch.autograd import profiler_legacy
 from saccade.types import Geometry, Pattern
 
 
-class NotApplicable(Exception):
+class NotApplicable(Exception):  # noqa: N818  an outcome, not an error
     """The law says nothing about this mechanism; the message is the reason, taken from the card."""
 
 
-class Broken(Exception):
+class Broken(Exception):  # noqa: N818  an outcome, not an error
     """The law does not hold; the message says where and by how much."""
 
 
@@ -40,7 +41,11 @@ class Problem:
     q: Tensor
     k: Tensor
     v: Tensor
-    geometry: Geometry = Geometry()
+    geometry: Geometry = Geometry()  # noqa: RUF009  frozen
+
+    def having(self, q: Tensor, k: Tensor, v: Tensor) -> Problem:
+        """Other inputs, the same geometry."""
+        return replace(self, q=q, k=k, v=v)
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same problem in `dtype`."""
@@ -112,7 +117,9 @@ def expect_equal(got: Tensor, wanted: Tensor, what: str) -> None:
     got, wanted = got.detach(), wanted.detach()
     expect(got.shape == wanted.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(wanted.shape)}")
     if not torch.equal(got, wanted):
-        raise Broken(f"{what}: differs by {float((got.double() - wanted.double()).abs().max()):.3g}, expected bit-equal")
+        raise Broken(
+            f"{what}: differs by {float((got.double() - wanted.double()).abs().max()):.3g}, expected bit-equal"
+        )
 
 
 def expect_refusal(call: Callable[[], Any], words: str, what: str) -> str:
@@ -125,11 +132,18 @@ def expect_refusal(call: Callable[[], Any], words: str, what: str) -> str:
     raise Broken(f"{what}: ran without an error")
 
 
+def expect_falling(errors: Sequence[float]) -> str:
+    """Errors along a ladder fall, but for a tenth where they are close."""
+    for lower, higher in pairwise(errors):
+        expect(higher <= 1.1 * lower + 1e-6, f"error grows along the ladder: {[round(e, 4) for e in errors]}")
+    return "errors " + " > ".join(f"{error:.3f}" for error in errors)
+
+
 @contextmanager
 def deterministic() -> Iterator[None]:
     """Inside, `torch.use_deterministic_algorithms` is on."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(mode=True)
     try:
         yield
     finally:
@@ -137,7 +151,7 @@ def deterministic() -> Iterator[None]:
 
 
 def counted_work(call: Callable[[], Any]) -> float:
-    """Floating-point operations of products, convolutions, sums; inside custom operators too, unlike FlopCounterMode."""
+    """Floating-point operations of products, convolutions and sums, also those inside custom operators."""
     with profiler_legacy.profile(with_flops=True) as profiled:
         call()
     return float(sum(event.flops or 0 for event in profiled.function_events))

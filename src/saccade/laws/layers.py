@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from saccade.laws.base import (
-    NotApplicable, counted_work, deterministic, expect, expect_close, expect_equal, expect_growth, expect_refusal,
+    NotApplicable,
+    counted_work,
+    deterministic,
+    expect,
+    expect_close,
+    expect_equal,
+    expect_growth,
+    expect_refusal,
     poisoned_empty,
 )  # fmt: skip
 from saccade.laws.numeric import expect_gradcheck, expect_stable, trained

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 
 from saccade.laws.base import (
-    Broken, Problem, deterministic, expect, expect_close, expect_equal, gradients, poisoned_empty,
+    Broken,
+    Problem,
+    deterministic,
+    expect,
+    expect_close,
+    expect_equal,
+    gradients,
+    poisoned_empty,
 )  # fmt: skip
 from saccade.laws.subjects import Subject
 from saccade.types import Kind
@@ -27,7 +34,7 @@ def reference_agreement(subject: Subject) -> str:
         problem = subject.problem().to(torch.float64)
 
         def mix(*leaves: Tensor) -> Tensor:
-            return subject.run(Problem(*leaves, problem.geometry))
+            return subject.run(problem.having(*leaves))
 
         return expect_stable(mix, problem.leaves, NAMES[1:])
     worst = 0.0
@@ -137,7 +144,7 @@ def independence(subject: Subject) -> str:
     """7. An item does not feel its batch, heads carry no order, and GQA equals repeated heads."""
     problem = subject.problem()
     whole = subject.run(problem)
-    alone = Problem(*(x[:1] for x in problem.leaves), problem.geometry)
+    alone = problem.having(*(x[:1] for x in problem.leaves))
     expect_close(subject.run(alone), whole[:1], "an item alone and in its batch")
     checked = ["batch"]
     if not subject.card.heads_differ:
@@ -147,7 +154,7 @@ def independence(subject: Subject) -> str:
     if "gqa" in subject.card.supports:
         share = problem.q.shape[1] // problem.k.shape[1]
         repeated = [x.repeat_interleave(share, 1) for x in (problem.k, problem.v)]
-        out = subject.run(Problem(problem.q, *repeated, problem.geometry))
+        out = subject.run(problem.having(problem.q, *repeated))
         expect_close(out, whole, "grouped and repeated key/value heads")
         checked.append("grouped heads")
     return ", ".join(checked)

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from saccade.laws.base import (
-    Problem, counted_work, deterministic, expect, expect_close, expect_equal, expect_growth, expect_refusal,
+    Problem,
+    counted_work,
+    deterministic,
+    expect,
+    expect_close,
+    expect_equal,
+    expect_growth,
+    expect_refusal,
     poisoned_empty,
 )  # fmt: skip
 from saccade.laws.numeric import reversed_heads
@@ -86,7 +93,7 @@ def independence(subject: Subject) -> str:
 
 
 def _item(problem: Problem, item: int) -> Problem:
-    return Problem(*(x[item : item + 1] for x in problem.leaves), problem.geometry)
+    return problem.having(*(x[item : item + 1] for x in problem.leaves))
 
 
 def everything_written(subject: Subject) -> str:

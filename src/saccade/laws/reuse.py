@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.laws.base import NotApplicable, expect, expect_equal, expect_refusal
+from saccade.laws.base import expect, expect_equal, expect_refusal
 from saccade.laws.settings import refuse_settings
 from saccade.laws.subjects import Subject
 from saccade.mechanisms.diffusion.base import ReuseState
@@ -110,16 +110,11 @@ def determinism(subject: Subject) -> str:
     return ""
 
 
-def gradient_check(subject: Subject) -> str:
-    """2. A reused output passes the gradient of the one computed."""
-    subject.require("backward")
-    raise NotApplicable("outputs pass through untouched, and with them their graph")
-
-
-CHECKS = {2: gradient_check, 5: one_answer, 6: budgets, 7: independence, 10: refusals, 12: determinism}
+CHECKS = {5: one_answer, 6: budgets, 7: independence, 10: refusals, 12: determinism}
 
 REASONS = {
     1: "it computes nothing itself: law 6 checks that what it reuses is bit-equal",
+    2: "it computes nothing itself: outputs pass through untouched, and with them their graph",
     3: "it does not look into an output, padded or not",
     4: "it is causal in steps by its interface: it is given one step at a time",
     8: "it computes no offsets",

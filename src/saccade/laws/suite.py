@@ -9,7 +9,7 @@ from typing import Any
 from saccade.catalog import Card, get
 from saccade.laws import caches, layers, numeric, parallel, probes, reducers, reuse, semantics, system
 from saccade.laws.base import Broken, NotApplicable, Verdict
-from saccade.laws.subjects import Subject
+from saccade.laws.subjects import Subject, form_of
 
 Check = Callable[[Subject], str]
 
@@ -116,11 +116,10 @@ def run_law(law: Law, card: Card, device: str = "cpu", settings: Mapping[str, An
         The verdict; an unexpected exception is a failure, with its text.
     """
     try:
-        subject = Subject(card, device, settings)
-        form = FORMS[subject.form]
-        if law.number not in form.checks:
-            raise NotApplicable(form.reasons[law.number])
-        return Verdict(law.number, law.title, "passed", form.checks[law.number](subject))
+        form = FORMS[form_of(card)]
+        if law.number in form.reasons:
+            return Verdict(law.number, law.title, "skipped", form.reasons[law.number])
+        return Verdict(law.number, law.title, "passed", form.checks[law.number](Subject(card, device, settings)))
     except NotApplicable as reason:
         return Verdict(law.number, law.title, "skipped", str(reason))
     except Broken as fault:

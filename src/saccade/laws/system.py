@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from saccade.laws.base import (
-    Broken, NotApplicable, Problem, counted_work, expect, expect_close, expect_equal, expect_growth, expect_refusal,
+    Broken,
+    NotApplicable,
+    Problem,
+    counted_work,
+    expect,
+    expect_close,
+    expect_equal,
+    expect_growth,
+    expect_refusal,
 )  # fmt: skip
 from saccade.laws.settings import refuse_settings
 from saccade.laws.subjects import Subject, engine_of, split_keys
@@ -28,7 +37,9 @@ def wide_offsets(subject: Subject) -> str:
     groups = heads // 2 if "gqa" in subject.card.supports else heads
     q, k, v = (torch.empty(1, count, tokens, 8, device="meta") for count in (heads, groups, groups))
     expect(q.numel() > BEYOND_INT32, "the problem is too small to show anything")
-    mechanism = subject.mechanism.to("meta") if isinstance(subject.mechanism, torch.nn.Module) else subject.mechanism
+    mechanism: Any = (
+        subject.mechanism.to("meta") if isinstance(subject.mechanism, torch.nn.Module) else subject.mechanism
+    )
     if subject.card.kind is Kind.HEADS:
         shared, _ = mechanism.share(q, q)
         expect(shared.shape[2:] == q.shape[2:], f"shape {tuple(shared.shape)} for {tokens} tokens")
@@ -69,7 +80,7 @@ def refusals(subject: Subject) -> str:
     ]
     if card.patterns:
         done += [
-            refused(Problem(*good.leaves, Geometry(causal=causal)), f"causal={causal}", f"causal={causal}")
+            refused(replace(good, geometry=Geometry(causal=causal)), f"causal={causal}", f"causal={causal}")
             for causal in (True, False)
             if not {Pattern.CAUSAL_SELF if causal else Pattern.NONCAUSAL_SELF} & card.patterns
             and not {Pattern.CAUSAL_CROSS if causal else Pattern.NONCAUSAL_CROSS} & card.patterns
@@ -77,7 +88,7 @@ def refusals(subject: Subject) -> str:
     if "segments" not in card.supports:
         ids = torch.zeros(1, 32, dtype=torch.int64, device=subject.device)
         geometry = Geometry(causal=subject.causal, q_segments=ids, kv_segments=ids)
-        done.append(refused(Problem(*good.leaves, geometry), "segments", "segments"))
+        done.append(refused(replace(good, geometry=geometry), "segments", "segments"))
 
     def smoke(settings: dict[str, Any]) -> None:
         Subject(card, subject.device, settings).run(good)
@@ -90,7 +101,7 @@ def compilation(subject: Subject) -> str:
     if subject.card.kind is Kind.SELECTOR:
         problem = subject.problem(queries=48)
         run = engine_of(subject.mechanism.pattern(problem.q, problem.k, problem.geometry))
-        return expect_compiles(lambda q, k, v: run(q, k, v), [problem.leaves])
+        return expect_compiles(run, [problem.leaves])
     whole_rows = subject.card.kind in (Kind.SCORE, Kind.INTERVENTION)  # the engine calls back for each chunk of rows
     problems = [subject.problem(queries=n) for n in ((32,) if whole_rows else (32, 48, 64, 80))]
     geometry = problems[0].geometry
@@ -101,7 +112,7 @@ def expect_compiles(function: Any, calls: list[Any]) -> str:
     """Trace without a compiler, so that this runs anywhere; compare, and count the graphs."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     with warnings.catch_warnings():
@@ -109,15 +120,16 @@ def expect_compiles(function: Any, calls: list[Any]) -> str:
         for inputs in calls:
             expect_close(compiled(*inputs), function(*inputs), "compiled and not", 1e-5)
     frames = counter.frame_count
-    torch._dynamo.reset()
+    torch.compiler.reset()
     expect(frames <= 3, f"{frames} graphs for {len(calls)} lengths")
     return f"{frames} graphs for {len(calls)} lengths"
 
 
 def complexity(subject: Subject) -> str:
     """13. Counted work at N and 2N grows as the card declares."""
-    small, large = (_work(subject, tokens) for tokens in (1024, 2048))
-    return expect_growth(subject.card.complexity, small, large, "N=1024 to 2048")
+    sizes = (512, 1024) if subject.card.kind is Kind.SELECTOR else (1024, 2048)
+    small, large = (_work(subject, tokens) for tokens in sizes)
+    return expect_growth(subject.card.complexity, small, large, f"N={sizes[0]} to {sizes[1]}")
 
 
 def _work(subject: Subject, tokens: int) -> float:
@@ -149,6 +161,8 @@ def undo(subject: Subject) -> str:
     except ImportError as error:
         raise NotApplicable(f"transformers is not installed: {error}") from error
     model, other = tiny_llama(hidden=32, device=subject.device), tiny_llama(hidden=64, device=subject.device)
+    state, modules = {name: x.clone() for name, x in model.state_dict().items()}, list(model.modules())
+    implementation = model.config._attn_implementation  # noqa: SLF001  transformers' own switch
     ids = torch.arange(40, device=subject.device)[None] % 50
     with torch.no_grad():
         before = model(ids).logits
@@ -160,6 +174,10 @@ def undo(subject: Subject) -> str:
         expect(bool(torch.isfinite(during).all()), "logits with the recipe are not finite")
         handle.undo()
         expect_equal(model(ids).logits, before, "logits after undo")
+    for name, x in model.state_dict().items():
+        expect_equal(x, state[name], f"weight {name} after undo")
+    expect(list(model.modules()) == modules, "the model's modules are not the same after undo")
+    expect(model.config._attn_implementation == implementation, "the config is not the same after undo")  # noqa: SLF001
     try:
         apply(other, recipe)
     except ValueError:

@@ -1,0 +1,210 @@
+"""The laws for cache policies, driven over a stack of layers: a prompt, then token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.laws.base import (
+    NotApplicable,
+    Problem,
+    deterministic,
+    expect,
+    expect_close,
+    expect_equal,
+    expect_falling,
+    expect_growth,
+    expect_refusal,
+    poisoned_empty,
+)  # fmt: skip
+from saccade.laws.numeric import SLACK, expect_within_twice, reversed_heads, unreversed
+from saccade.laws.settings import refuse_settings
+from saccade.laws.subjects import Subject
+from saccade.mechanisms.cache.base import CachedAttention
+from saccade.types import Geometry
+
+LAYERS = 4
+PROMPT, STEPS = 40, 24
+WHOLE = (PROMPT, *[1] * STEPS)
+"""A prompt, then one token at a time."""
+
+
+@dataclass(frozen=True)
+class Driven:
+    """Outputs `[layers, B, H, M, E]`, bytes held by all layers at the end, and read by them in the last step."""
+
+    out: Tensor
+    held: int
+    read: int
+
+
+def drive(subject: Subject, problem: Problem, sizes: Sequence[int] = WHOLE, impl: str = "auto") -> Driven:
+    """Feed the problem in pieces of these sizes; every layer sees the same q, k, v."""
+    layers = CachedAttention.stack(subject.mechanism, LAYERS)
+    outputs, first = [], 0
+    for size in sizes:
+        piece = [x[:, :, first : first + size] for x in problem.leaves]
+        outputs.append(torch.stack([layer(*piece, impl=impl) for layer in layers]))
+        first += size
+    return Driven(torch.cat(outputs, 3), sum(x.nbytes for x in layers), sum(x.bytes_read for x in layers))
+
+
+def problem_of(subject: Subject, **sizes: Any) -> Problem:
+    """Inputs for `WHOLE`."""
+    return subject.problem(**{"queries": sum(WHOLE), **sizes})
+
+
+def agreement(subject: Subject) -> str:
+    """1. Error at most twice that of the same-dtype reference against fp64."""
+    worst = 0.0
+    for dtype in SLACK:
+        problem = problem_of(subject, queries=12).to(dtype)
+        runs = ((problem.to(torch.float64), "reference"), (problem, "reference"), (problem, "auto"))
+        gold, low, got = ((drive(subject, p, (8, 1, 1, 1, 1), impl).out,) for p, impl in runs)
+        worst = max(worst, expect_within_twice(gold, low, got, dtype))
+    return f"largest error {worst:.0%} of what is allowed, forward only"
+
+
+def causality(subject: Subject) -> str:
+    """4. Perturbing tokens after t leaves outputs up to t bit-equal, within a prompt and from step to step."""
+    problem = problem_of(subject)
+    for sizes, moments in ((WHOLE, (1, 23, PROMPT, PROMPT + 9)), ((30, 30, 4), (17, 41))):
+        whole = drive(subject, problem, sizes).out
+        for t in moments:
+            changed = [x.clone() for x in problem.leaves]
+            for x in changed:
+                x[:, :, t:] = x[:, :, t:].flip(2) * 3 + 1
+            out = drive(subject, problem.having(*changed), sizes).out
+            expect_equal(out[..., :t, :], whole[..., :t, :], f"outputs before token {t} after later tokens changed")
+    return "in a prompt and from step to step"
+
+
+def one_answer(subject: Subject) -> str:
+    """5. Whole = in chunks = step by step."""
+    subject.require("streaming")
+    problem = problem_of(subject)
+    whole = drive(subject, problem, (sum(WHOLE),)).out
+    for sizes in (WHOLE, (1, 30, 2, 31), [1] * sum(WHOLE)):
+        expect_close(drive(subject, problem, sizes).out, whole, f"in {len(sizes)} pieces and whole")
+    return "chunks and steps"
+
+
+def budgets(subject: Subject) -> str:
+    """6. At full budget equal to dense; along the ladder the error falls and what is held and read does not."""
+    card, notes = subject.card, []
+    if card.exact is None and card.ladder is None:
+        raise NotApplicable("the card names no setting at which it equals dense attention, and no ladder")
+    problem = problem_of(subject, batch=1)
+    dense = subject.dense(replace(problem, geometry=Geometry(causal=True)))
+    tokens = sum(WHOLE)
+    if card.exact is not None:
+        full = Subject(card, subject.device, card.exact(tokens))
+        for sizes in (WHOLE, (tokens,)):
+            expect_close(drive(full, problem, sizes).out, dense.expand(LAYERS, *dense.shape), "at full budget")
+        notes.append(f"equal to dense at {card.exact_when}")
+    if card.ladder is not None:
+        runs = [drive(Subject(card, subject.device, s), problem) for s in card.ladder(tokens)]
+        errors = [float((run.out - dense)[..., PROMPT:, :].norm() / dense.norm()) for run in runs]
+        for what in ("held", "read"):
+            counts = [getattr(run, what) for run in runs]
+            expect(counts == sorted(counts), f"bytes {what} fall along the ladder: {counts}")
+        notes.append(expect_falling(errors))
+    return "; ".join(notes)
+
+
+def independence(subject: Subject) -> str:
+    """7. A sequence does not feel its batch, heads carry no order; at full budget GQA equals repeated heads."""
+    card, problem = subject.card, problem_of(subject)
+    whole = drive(subject, problem).out
+    alone = drive(subject, problem.having(*(x[1:] for x in problem.leaves))).out
+    expect_close(alone, whole[:, 1:], "a sequence alone and in its batch")
+    checked = ["batch"]
+    if not card.heads_differ:
+        out = drive(subject, reversed_heads(problem)).out
+        expect_close(torch.stack([unreversed(x, problem) for x in out]), whole, "heads in another order")
+        checked.append("head order")
+    if "gqa" in card.supports and card.exact is not None:
+        full = Subject(card, subject.device, card.exact(sum(WHOLE)))
+        share = problem.q.shape[1] // problem.k.shape[1]
+        repeated = [x.repeat_interleave(share, 1) for x in problem.leaves[1:]]
+        out = drive(full, problem.having(problem.q, *repeated)).out
+        expect_close(out, drive(full, problem).out, "grouped and repeated key/value heads")
+        checked.append("grouped heads at full budget (below it the heads of a group may share one choice)")
+    return ", ".join(checked)
+
+
+def everything_written(subject: Subject) -> str:
+    """9. Every element of the output is written."""
+    problem = problem_of(subject)
+    clean = drive(subject, problem).out
+    with poisoned_empty():
+        expect_equal(drive(subject, problem).out, clean, "with poisoned memory")
+    return ""
+
+
+def refusals(subject: Subject) -> str:
+    """10. Tokens that do not fit, each other or what is stored, and bad settings are refused by name."""
+    q, k, v = (x[:, :, :8] for x in problem_of(subject).leaves)
+
+    def layer() -> CachedAttention:
+        return CachedAttention(subject.mechanism)
+
+    def twice(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> None:
+        cached = layer()
+        cached(*first)
+        cached(*second)
+
+    done = [
+        expect_refusal(lambda: layer()(q[0], k, v), "q of shape", "3-D q"),
+        expect_refusal(lambda: layer()(q[:, :, :5], k, v), "q", "fewer queries than keys"),
+        expect_refusal(lambda: layer()(q, k[..., :-1], v), "k of shape", "k of another head dim"),
+        expect_refusal(lambda: layer()(q, k, v[:, :, :-1]), "v of shape", "v of another length"),
+        expect_refusal(lambda: twice((q, k, v), (q[:1], k[:1], v[:1])), "k of shape", "another batch than stored"),
+        expect_refusal(lambda: twice((q, k, v), (q, k, v[..., :-1])), "v of shape", "another value dim than stored"),
+    ]
+
+    def smoke(settings: dict[str, Any]) -> None:
+        drive(Subject(subject.card, subject.device, settings), problem_of(subject))
+
+    return ", ".join([*done, refuse_settings(subject.card, smoke)])
+
+
+def determinism(subject: Subject) -> str:
+    """12. Two sequences are equal to the bit, the second not touched by the first."""
+    problem = problem_of(subject)
+    with deterministic():
+        first, second = (drive(subject, problem).out for _ in range(2))
+    expect_equal(second, first, "two runs")
+    return "forward"
+
+
+def complexity(subject: Subject) -> str:
+    """13. A step reads no more than declared as the past grows, and less is held, or read, than dense attention's."""
+    runs = [drive(subject, problem_of(subject, queries=n + 4), (n, 1, 1, 1, 1)) for n in (256, 512)]
+    note = expect_growth(subject.card.complexity, runs[0].read, runs[1].read, "a past of 256 to 512, bytes read a step")
+    problem = problem_of(subject, queries=516)
+    slot = problem.k[:, :, 0].nbytes + problem.v[:, :, 0].nbytes
+    everything = LAYERS * 516 * slot
+    saved = [what for what in ("held", "read") if getattr(runs[1], what) < everything]
+    expect(bool(saved), f"holds {runs[1].held} and reads {runs[1].read} bytes where dense attention takes {everything}")
+    figures = ", ".join(f"{what} {getattr(runs[1], what) / everything:.0%}" for what in saved)
+    return f"{note}; of dense attention's bytes: {figures}"
+
+
+CHECKS = {
+    1: agreement, 4: causality, 5: one_answer, 6: budgets, 7: independence, 9: everything_written, 10: refusals,
+    12: determinism, 13: complexity,
+}  # fmt: skip
+
+REASONS = {
+    2: "a cache serves inference: the card lists no gradients",
+    3: "a cache's interface has no padding",
+    8: "its offsets are those of the engines, which tests/laws/test_engines.py covers",
+    11: "a cache changes its shape with every token and holds state: it runs around compiled engines",
+    14: "recipes choose what attention computes; they do not yet govern the cache of a model",
+    15: "not defined over shards of a sequence",
+}
