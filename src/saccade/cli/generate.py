@@ -35,6 +35,7 @@ def generate(model: Any, tokenizer: Any, text: str, recipe: Recipe | None, token
         f"\n{ids.shape[1]:,} prompt tokens in {first:.2f} s ({ids.shape[1] / first:,.0f} tokens/s), "
         f"{made} generated, {rate:.1f} tokens/s{' with the recipe' if recipe is not None else ', dense'}",
         highlight=False,
+        soft_wrap=True,
     )
     if report:
         print(report)

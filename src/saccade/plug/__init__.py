@@ -15,7 +15,9 @@ from saccade.plug.strict_json import RecipeError
 
 if TYPE_CHECKING:
     from saccade.plug.explanation import Explanation, explain
-    from saccade.plug.transformers import Handle, Observation, apply, patchable_layers, watch
+    from saccade.plug.state import Observation
+    from saccade.plug.transformers import Handle, apply, patchable_layers
+    from saccade.plug.observation import watch
 
 __all__ = [
     "Choice", "Explanation", "Fingerprint", "Handle", "LayerRecipe", "Observation", "Recipe", "RecipeError", "apply",
@@ -24,8 +26,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    homes = {"Explanation": "explanation", "explain": "explanation"}
-    homes |= dict.fromkeys(("Handle", "Observation", "apply", "patchable_layers", "watch"), "transformers")
+    homes = {"Explanation": "explanation", "explain": "explanation", "Observation": "state", "watch": "observation"}
+    homes |= dict.fromkeys(("Handle", "apply", "patchable_layers"), "transformers")
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{homes[name]}"), name)

@@ -9,7 +9,7 @@ from torch import nn
 
 from saccade.plug.recipe import PHASES
 from saccade.plug.route import HeadsReport, Route
-from saccade.plug.transformers import STATE, CallReport, LayerState
+from saccade.plug.state import STATE, CallReport, LayerState
 
 
 @dataclass(frozen=True)

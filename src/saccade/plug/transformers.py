@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -23,74 +21,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from saccade.plug.fingerprint import fingerprint
 from saccade.plug.layers import INTERFACE, attention_layers, forward_globals
 from saccade.plug.masks import MaskPlan, Reading, UnreadableMaskError, build_plan, read_bare
-from saccade.plug.recipe import DENSE, PHASES, LayerRecipe, Recipe, cover
+from saccade.plug.recipe import PHASES, LayerRecipe, Recipe, cover
 from saccade.plug.route import Extras, HeadsReport, Route, build_route, refusal, run_routes
+from saccade.plug.state import STATE, CallReport, LayerState, Observation
 from saccade.plug.strict_json import RecipeError
 
 NAME = "saccade"
 """Name of the attention implementation that transformers knows."""
 
-STATE = "_saccade"
-"""Attribute of a patched module that holds its `LayerState`."""
-
 FOREIGN = ("position_bias", "cache", "head_mask", "layer_head_mask", "alibi")
 """Arguments of an attention call whose meaning no mechanism knows."""
-
-
-@dataclass
-class CallReport:
-    """What a layer did in its last call of a phase: numbers of queries and keys, each group of heads, and seconds."""
-
-    queries: int
-    keys: int
-    heads: list[HeadsReport]
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class Observation:
-    """What a layer's attention is about to run on.
-
-    Args:
-        layer: Name of the module.
-        module: The module.
-        q: `[B, H, M, D]`, positions already in.
-        k: `[B, G, N, D]`.
-        v: `[B, G, N, E]`.
-        scale: Factor on q k^T; None means D^-0.5.
-    """
-
-    layer: str
-    module: nn.Module
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float | None
-
-
-@dataclass
-class LayerState:
-    """What is kept on a patched module.
-
-    Args:
-        name: Name of the module in the model.
-        former_name: The model's attention implementation before `apply`.
-        former: Its function.
-        routes: For each phase, groups of heads; empty for a layer that the recipe does not name.
-        strict: Raise instead of falling back to dense attention.
-        keep_records: Keep a `CallReport` of each phase's last call.
-        last: These reports.
-        observe: Is shown the inputs of every call.
-    """
-
-    name: str
-    former_name: str
-    former: Callable[..., tuple[Tensor, Tensor | None]]
-    routes: dict[str, tuple[Route, ...]] = field(default_factory=dict)
-    strict: bool = False
-    keep_records: bool = True
-    last: dict[str, CallReport] = field(default_factory=dict)
-    observe: Callable[[Observation], None] | None = None
 
 
 class Handle:
@@ -311,21 +251,3 @@ def _raise_if_strict(state: LayerState, reports: list[HeadsReport]) -> None:
     for report in reports if state.strict else ():
         if report.fallback is not None:
             raise RuntimeError(f"strict=True: {state.name} cannot run {report.mechanism}: {report.fallback}")
-
-
-@contextmanager
-def watch(model: nn.Module, observe: Callable[[Observation], None]) -> Iterator[None]:
-    """Inside, every attention layer of `model` shows its queries, keys and values to `observe`, then runs as it was.
-
-    Args:
-        model: A transformers model without a recipe.
-        observe: Called with an `Observation` before each layer's attention runs.
-
-    Raises:
-        ValueError: If the model cannot be patched, or has a recipe applied.
-    """
-    with apply(model, Recipe.uniform(model, DENSE), record=False):
-        for module in model.modules():
-            if STATE in module.__dict__:
-                module.__dict__[STATE].observe = observe
-        yield
