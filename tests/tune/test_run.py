@@ -45,6 +45,7 @@ def finished(byte_model, tmp_path_factory):
 def test_the_files_are_there_and_agree(finished):
     result, _ = finished
     assert Recipe.load(result.folder / "recipe.json") == result.recipe
+    assert not (result.folder / "state.json").exists()
     assert json.loads((result.folder / "report.json").read_text()) == json.loads(json.dumps(result.report))
     page = (result.folder / "report.html").read_text()
     assert "tiny &lt;b&gt;" in page
@@ -77,6 +78,7 @@ def test_a_killed_run_continues(byte_model, tmp_path):
     model, tokenizer = byte_model
     with pytest.raises(KeyboardInterrupt):
         tune(model, tokenizer, tmp_path, progress=Notes(stop_at="layers.0"), **OPTIONS)
+    assert (tmp_path / "state.json").exists()
     assert not (tmp_path / "recipe.json").exists()
     notes = Notes()
     result = tune(model, tokenizer, tmp_path, progress=notes, **OPTIONS)

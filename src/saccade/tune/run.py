@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ def tune(
 ) -> TuneResult:
     """Find the fastest mixture of mechanisms within a quality budget, and prove it on held-out text.
 
-    A run that was killed continues where it was when called again with the same arguments and `out`.
+    A run that was killed continues where it was when called again with the same arguments and `out`; a finished one
+    starts anew.
 
     Args:
         model: A transformers causal language model in eval mode, on its device.
@@ -133,9 +135,8 @@ def tune(
     check_head(model)
     texts = load_texts(tokenizer, text, context)
     settings = plan.settings
-    print_ = fingerprint(model)
     arguments = {
-        "model": asdict(print_), "settings": asdict(settings), "text": texts.source, "tokens": len(texts.heldout_ids),
+        "saccade": version("saccade"), "model": asdict(fingerprint(model)), "settings": asdict(settings), "text": texts.source, "tokens": len(texts.heldout_ids),
         "candidates": [candidate.key for candidate in plan.candidates],
     }  # fmt: skip
     state = RunState(Path(out) / "state.json", arguments)
@@ -151,16 +152,16 @@ def tune(
     recipe = make_recipe(model, list(scores), assignment, candidates, about, crossings)
     rounds, splits, keys = job.measure(recipe)
     examples = job.examples(recipe)
-    elapsed = state.get("time", "before") or 0.0
     parts = ReportParts(
         name=name, command=command, text=texts.source, plan=plan, candidates=candidates, scores=scores, choices=choices,
         assignment=assignment, trials=trials, recipe=recipe, rounds=rounds, splits=splits, passkeys=keys,
-        examples=examples, elapsed=elapsed + time.time() - started,
+        examples=examples, elapsed=time.time() - started,
     )  # fmt: skip
     report = report_data(model, parts)
     folder = Path(out)
     write_report(report, folder)
     recipe.save(folder / "recipe.json")
+    state.close()
     return TuneResult(recipe, report, folder)
 
 

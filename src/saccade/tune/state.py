@@ -61,3 +61,7 @@ class RunState:
         except OSError as error:
             part.unlink(missing_ok=True)
             raise RuntimeError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        """The run is finished: the next one measures anew."""
+        self.path.unlink(missing_ok=True)
