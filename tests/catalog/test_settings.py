@@ -53,7 +53,9 @@ def test_wrong_types_are_refused_by_name_and_value() -> None:
         check_settings(Example, {"size": "2"})
     with pytest.raises(ValueError, match="share=nan: expected float | None"):
         check_settings(Example, {"size": 2, "share": math.nan})
-    check_settings(Example, {"size": 2, "share": 1, "anything": "x", "left to the constructor": 0})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sise', expected size, share, anything"):
+        check_settings(Example, {"sise": 2})
+    check_settings(Example, {"size": 2, "share": 1, "anything": "x"})
 
 
 def test_an_unresolvable_annotation_is_not_checked() -> None:

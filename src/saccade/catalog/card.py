@@ -86,8 +86,8 @@ class Card:
             ValueError: If a setting is unknown, of the wrong type or out of range, naming it.
         """
         chosen = settings or dict(self.example)
-        check_settings(self.target, chosen)
         try:
+            check_settings(self.target, chosen)
             return self.target(**chosen)
         except TypeError as error:
             raise ValueError(f"{self.name}: {error}") from error

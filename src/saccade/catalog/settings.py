@@ -16,24 +16,28 @@ def setting_types(target: type) -> dict[str, Any]:
     """Resolved annotation of every parameter of `target`'s constructor; unannotated or unresolvable ones are `Any`."""
     parameters = [p for p in inspect.signature(target).parameters.values() if p.kind is not p.VAR_KEYWORD]
     try:
-        hints = typing.get_type_hints(target.__init__)
+        hints = typing.get_type_hints(target.__init__)  # type: ignore[misc]
     except NameError:  # a name imported for type checkers only
         hints = {}
     return {parameter.name: hints.get(parameter.name, Any) for parameter in parameters}
 
 
 def check_settings(target: type, settings: Mapping[str, Any]) -> None:
-    """Check the types of `settings`; NaN is no number, a bool no integer, and a list may stand for a tuple.
+    """Check the names and types of `settings`; NaN is no number, a bool no integer, and a list may stand for a tuple.
 
     Args:
-        target: The class whose constructor they go to; names it does not know are left to it.
+        target: The class whose constructor they go to.
         settings: Values by name.
 
     Raises:
         ValueError: `name=value: expected ...` for the first that does not fit.
+        TypeError: If a name is unknown, as the constructor itself would.
     """
     hints = setting_types(target)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
     for name, value in settings.items():
+        if name not in hints and not takes_any:
+            raise TypeError(f"got an unexpected keyword argument {name!r}, expected {', '.join(hints) or 'none'}")
         if name in hints and not fits(value, hints[name]):
             raise ValueError(f"{name}={value!r}: expected {described(hints[name])}")
 
@@ -41,6 +45,8 @@ def check_settings(target: type, settings: Mapping[str, Any]) -> None:
 def fits(value: Any, hint: Any) -> bool:
     """Whether `value` is of type `hint`; True for annotations that cannot be checked."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
     if origin in (Union, types.UnionType):
         return any(fits(value, one) for one in inner)
     if origin is Literal:

@@ -109,10 +109,10 @@ def budgets(subject: Subject) -> str:
     if card.ladder is not None:
         runs = [drive(Subject(card, subject.device, s), problem) for s in card.ladder(tokens)]
         errors = [float((run.out - dense)[..., PROMPT:, :].norm() / dense.norm()) for run in runs]
+        notes.append(expect_falling(errors))
         for what in ("held", "read"):
             counts = [getattr(run, what) for run in runs]
             expect(counts == sorted(counts), f"bytes {what} fall along the ladder: {counts}")
-        notes.append(expect_falling(errors))
     return "; ".join(notes)
 
 

@@ -42,8 +42,8 @@ def reference_agreement(subject: Subject) -> str:
         problem = subject.problem().to(dtype)
         run = subject.frozen(problem)
         calls = ((problem.to(torch.float64), "reference"), (problem, "reference"), (problem, "auto"))
-        results = [_results(subject, run, given, impl) for given, impl in calls]
-        worst = max(worst, expect_within_twice(*results, dtype))
+        gold, low, got = (_results(subject, run, given, impl) for given, impl in calls)
+        worst = max(worst, expect_within_twice(gold, low, got, dtype))
     return f"largest error {worst:.0%} of what is allowed" + ("" if subject.can_backward else ", forward only")
 
 

@@ -142,7 +142,9 @@ def _rank_main(rank: int, world: int, folder: str, job: dict[str, Any]) -> None:
         case = Case(**{**fields, "sizes": tuple(fields["sizes"])})
         if len(case.sizes) != world:
             continue
-        found = {name: x.detach().double().numpy() for name, x in _rank_case(mechanism, case, rank).items()}
+        found: dict[str, Any] = {
+            name: x.detach().double().numpy() for name, x in _rank_case(mechanism, case, rank).items()
+        }
         np.savez(Path(folder, f"{number}-{rank}.npz"), **found)
     dist.destroy_process_group()
 

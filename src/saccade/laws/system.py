@@ -37,9 +37,9 @@ def wide_offsets(subject: Subject) -> str:
     groups = heads // 2 if "gqa" in subject.card.supports else heads
     q, k, v = (torch.empty(1, count, tokens, 8, device="meta") for count in (heads, groups, groups))
     expect(q.numel() > BEYOND_INT32, "the problem is too small to show anything")
-    mechanism: Any = (
-        subject.mechanism.to("meta") if isinstance(subject.mechanism, torch.nn.Module) else subject.mechanism
-    )
+    mechanism: Any = subject.mechanism
+    if isinstance(mechanism, torch.nn.Module):
+        mechanism.to("meta")
     if subject.card.kind is Kind.HEADS:
         shared, _ = mechanism.share(q, q)
         expect(shared.shape[2:] == q.shape[2:], f"shape {tuple(shared.shape)} for {tokens} tokens")
@@ -169,7 +169,7 @@ def undo(subject: Subject) -> str:
         recipe = Recipe.uniform(model, card.name, dict(card.example))
         again = Recipe.from_json(recipe.to_json())
         expect(again == recipe, "a recipe changed on its round trip through JSON")
-        handle = apply(model, again)
+        handle = apply(model, again, strict=True)
         during = model(ids).logits
         expect(bool(torch.isfinite(during).all()), "logits with the recipe are not finite")
         handle.undo()
