@@ -29,6 +29,12 @@ def require_packages() -> None:
 def render(report: dict[str, Any]) -> str:
     """The page for a report (see `saccade.tune.report_data` for its fields); equal reports give equal pages.
 
+    Args:
+        report: As in `report.json`; not changed.
+
+    Returns:
+        HTML that needs nothing outside itself.
+
     Raises:
         ImportError: If jinja2 or matplotlib is not installed.
     """
@@ -39,8 +45,8 @@ def render(report: dict[str, Any]) -> str:
     folder = files("saccade.report")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {
-        "seconds": seconds, "bytes": megabytes, "percent": percent, "signed": signed, "number": number,
-        "thousands": thousands, "runs": plots.runs,
+        "seconds": seconds, "percent": percent, "signed": signed, "number": number, "thousands": thousands,
+        "runs": plots.runs, "tight": tight,
     }  # fmt: skip
     template = environment.from_string(folder.joinpath("report.html.j2").read_text(encoding="utf-8"))
     style = folder.joinpath("report.css").read_text(encoding="utf-8")
@@ -136,6 +142,11 @@ def number(value: float | None, form: str = ".3g") -> str:
     return "–" if value is None else f"{value:{form}}"
 
 
+def tight(text: str) -> str:
+    """The text with no line break before a percent sign."""
+    return text.replace(" %", "\u00a0%")
+
+
 def thousands(value: int) -> str:
     """`8,192`."""
     return f"{value:,}"
@@ -143,6 +154,10 @@ def thousands(value: int) -> str:
 
 def write_report(report: dict[str, Any], folder: str | Path) -> tuple[Path, Path]:
     """Write `report.json` and `report.html` into `folder`; both are complete before either takes its place.
+
+    Args:
+        report: See `render`.
+        folder: Made if it is not there.
 
     Returns:
         The two paths.
@@ -159,8 +174,8 @@ def write_report(report: dict[str, Any], folder: str | Path) -> tuple[Path, Path
     path = target
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for (path, part), text in zip(parts.items(), texts.values(), strict=True):
-            part.write_text(text, encoding="utf-8")
+        for path, part in parts.items():
+            part.write_text(texts[path.name], encoding="utf-8")
         for path, part in parts.items():
             part.replace(path)
             new.append(path.name)

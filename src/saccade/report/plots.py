@@ -33,9 +33,7 @@ def series(number: int) -> int:
     return 0 if number == 0 else 1 + (number - 1) % (SERIES_COUNT - 1)
 
 
-def layer_map(
-    layers: Sequence[dict[str, Any]], mechanisms: Sequence[str], heads: int, *, wide: bool
-) -> dict[str, Any]:
+def layer_map(layers: Sequence[dict[str, Any]], mechanisms: Sequence[str], heads: int, *, wide: bool) -> dict[str, Any]:
     """Cells of the map of layers and heads: colour = mechanism, height of the fill = density.
 
     Args:
@@ -68,15 +66,17 @@ def layer_map(
                 "back": "".join(back), "fill": "".join(fill), "series": series(mechanisms.index(choice["mechanism"])),
                 "title": f"layer {layer}, heads {runs(choice['heads'])}: {choice['label']}, density {density:.1%}",
             })  # fmt: skip
-    ticks = [{"x": margin + step_x * (n + 0.5), "y": top - 7, "text": n} for n in _every(across, step_x, 26)]
-    ticks += [{"x": margin - 8, "y": top + step_y * (n + 0.5) + 4, "text": n} for n in _every(down, step_y, 15)]
-    for tick in ticks:
-        tick["anchor"] = "middle" if tick["y"] < top else "end"
+    ticks = [_tick(margin + step_x * (n + 0.5), top - 7, n, "middle") for n in _every(across, step_x, 26)]
+    ticks += [_tick(margin - 8, top + step_y * (n + 0.5) + 4, n, "end") for n in _every(down, step_y, 15)]
     return {"width": margin + step_x * across, "height": top + step_y * down, "groups": groups, "ticks": ticks}
 
 
 def _box(x: float, y: float, width: float, height: float) -> str:
     return f"M{x:.1f} {y:.1f}h{width:.1f}v{height:.1f}h{-width:.1f}z"
+
+
+def _tick(x: float, y: float, text: int, anchor: str) -> dict[str, Any]:
+    return {"x": x, "y": y, "text": text, "anchor": anchor}
 
 
 def _every(count: int, step: float, room: float) -> range:
@@ -124,6 +124,9 @@ def finish(buffer: io.StringIO, name: str, label: str, titles: dict[str, str]) -
         name: Prefix of all its ids, unique in the page.
         label: What a screen reader says.
         titles: Texts shown under the mouse, by group id.
+
+    Returns:
+        One `<svg>` element.
     """
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -143,10 +146,13 @@ def finish(buffer: io.StringIO, name: str, label: str, titles: dict[str, str]) -
 
 def damage_floor(report: dict[str, Any]) -> float:
     """Damage at the lower edge of the frontier: smaller ones, dense attention's 0 among them, are drawn on the edge."""
-    rows = (*report["candidates"], *report["search"]["frontier"], *report["search"]["confirmed"])
-    found = [row["damage"] for row in rows if row["damage"] is not None and row["damage"] > 0]
-    largest = max(found, default=1.0)
-    return max(min(found, default=0.1) / 2, 1e-6 * largest)
+
+    def positive(*names: list[dict[str, Any]]) -> list[float]:
+        return [row["damage"] for rows in names for row in rows if row["damage"] is not None and row["damage"] > 0]
+
+    mixtures = positive(report["search"]["frontier"], report["search"]["confirmed"])
+    largest = max(mixtures + positive(report["candidates"]), default=1.0)
+    return min(max(min(mixtures, default=0.0) / 3, 1e-6 * largest), 1e-4 * largest) if mixtures else 1e-4 * largest
 
 
 def frontier(report: dict[str, Any], mechanisms: Sequence[str], *, wide: bool) -> str:
@@ -162,14 +168,16 @@ def frontier(report: dict[str, Any], mechanisms: Sequence[str], *, wide: bool) -
         axes.axvline(search["dense_seconds"], color=SOFT, lw=1.2, ls="--", zorder=1, label="time of dense attention")
         line = search["frontier"]
         heights = [max(point["damage"], floor) for point in line]
-        axes.plot([point["seconds"] for point in line], heights, color=INK, lw=1.6, label="best mixture per head")
+        axes.plot(
+            [point["seconds"] for point in line], heights, color=INK, lw=1.4, marker=".", label="best mixture per head"
+        )
         _confirmed(axes, search["confirmed"], floor)
         for number, row in enumerate(known):
             titles[f"candidate-{number}"] = f"{row['label']}: {row['seconds']:.2f} s, damage {row['damage']:.3g}"
             place = mechanisms.index(row["mechanism"])
             first = all(other["mechanism"] != row["mechanism"] for other in known[:number])
             axes.scatter(
-                [row["seconds"]], [max(row["damage"], floor)], s=34, lw=0, marker=_MARKERS[place % len(_MARKERS)],
+                [row["seconds"]], [max(row["damage"], floor)], s=46, lw=0, marker=_MARKERS[place % len(_MARKERS)],
                 color=SERIES[series(place)], label=row["mechanism"] if first else None, zorder=2,
                 gid=f"candidate-{number}",
             )  # fmt: skip
@@ -246,6 +254,7 @@ def _png(colours: np.ndarray, visible: np.ndarray) -> str:
     from matplotlib.image import imsave
 
     colours = np.concatenate([colours[..., :3], colours[..., 3:] * visible[..., None]], axis=-1)
+    unsigned: Any = {"Software": None}  # the version of matplotlib is no part of the page
     buffer = io.BytesIO()
-    imsave(buffer, np.rint(255 * colours).astype(np.uint8), format="png", metadata={"Software": None})
+    imsave(buffer, np.rint(255 * colours).astype(np.uint8), format="png", metadata=unsigned)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
