@@ -68,7 +68,8 @@ def sees(flags: Tensor, layout: BlockLayout, heads: int, workspace: int) -> Tens
 
 def to_blocks(tensor: Tensor, size: int, fill: float = 0.0) -> Tensor:
     """`[B, H, N, D]` as `[B * H * blocks, size, D]`, the last block filled up; a view where possible."""
-    tensor = torch.nn.functional.pad(tensor, (0, 0, 0, -tensor.shape[2] % size), value=fill)
+    if tensor.shape[2] % size:  # a pad by nothing would copy
+        tensor = torch.nn.functional.pad(tensor, (0, 0, 0, -tensor.shape[2] % size), value=fill)
     return tensor.reshape(-1, size, tensor.shape[3])
 
 
