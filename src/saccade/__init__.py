@@ -38,11 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load a name that needs more than torch.
-
-    Raises:
-        AttributeError: If there is no such name.
-    """
+    """Load a name that needs more than torch, or raise `AttributeError`."""
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module 'saccade' has no attribute {name!r}")

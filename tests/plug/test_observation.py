@@ -38,7 +38,6 @@ def test_what_is_seen_gives_the_layers_output(tiny, ids):
 
 def test_an_applied_recipe_is_refused(tiny):
     model = tiny()
-    with apply(model, Recipe.uniform(model, "dense")):
-        with pytest.raises(ValueError, match="a recipe is applied already"):
-            with watch(model, print):
-                pass
+    refused = pytest.raises(ValueError, match="a recipe is applied already")
+    with apply(model, Recipe.uniform(model, "dense")), refused, watch(model, print):
+        pass

@@ -60,7 +60,11 @@ def test_steady_candidates_get_their_median_time():
 
     rows = {f"layer{n}": [score(1.0, 1.0), score(s, 0.25), score(s, d)]
             for n, (s, d) in enumerate([(0.2, 0.1), (0.9, 0.6), (0.3, 0.2)])}  # fmt: skip
-    candidates = [Candidate(DENSE), Candidate("sink_window", {"window": 8}), Candidate("xattention", {"threshold": 0.9})]
+    candidates = [
+        Candidate(DENSE),
+        Candidate("sink_window", {"window": 8}),
+        Candidate("xattention", {"threshold": 0.9}),
+    ]
     choices = make_choices(candidates, rows)
     assert choices.seconds[:, 1].tolist() == [0.3, 0.3, 0.3]
     assert choices.seconds[:, 2].tolist() == [0.2, 0.9, 0.3]

@@ -67,6 +67,12 @@ class Comparison:
 def parse_mechanism(text: str) -> tuple[str, dict[str, Any] | None]:
     """`name` or `name:setting=value,setting=value` with JSON values; without settings the card's ladder is meant.
 
+    Args:
+        text: Such as `sink_window:window=512,sinks=4`.
+
+    Returns:
+        Registry name and settings; None for the settings means the ladder.
+
     Raises:
         ValueError: If the name is unknown or a setting cannot be read.
     """
@@ -89,7 +95,16 @@ def parse_mechanism(text: str) -> tuple[str, dict[str, Any] | None]:
 def random_problem(
     shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Q `[B, H, N, D]`, k and v `[B, G, N, D]` of `(B, H, G, N, D)`, with neighbours that resemble each other.
+    """Random queries, keys and values in which neighbours resemble each other.
+
+    Args:
+        shape: `(B, H, G, N, D)`.
+        dtype: Of all three; drawn in fp32.
+        device: Of all three; drawn on the CPU.
+        seed: Of the draw.
+
+    Returns:
+        q `[B, H, N, D]`, k and v `[B, G, N, D]`.
 
     Raises:
         ValueError: If `shape` is not five positive sizes, or G does not divide H.
@@ -159,7 +174,7 @@ def compare(
             for label in built
         ]
         dense_row = Row("dense", 0.0, base, 0.0, 1.0, peak_bytes(whole.dense, device), 1.0, None)
-    return Comparison(problem, describe_machine(device.split(":")[0]), dense_row, tuple(rows))
+    return Comparison(problem, describe_machine(device.split(":", maxsplit=1)[0]), dense_row, tuple(rows))
 
 
 @dataclass(frozen=True, eq=False)

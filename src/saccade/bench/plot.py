@@ -10,6 +10,10 @@ from saccade.bench.compare import Comparison
 def plot_comparison(result: Comparison, path: str | Path) -> None:
     """Error against time, one series per mechanism, dense attention as a line.
 
+    Args:
+        result: What `compare` returned.
+        path: Picture to write; its ending fixes the format.
+
     Raises:
         ImportError: If matplotlib is not installed.
     """

@@ -13,7 +13,16 @@ from saccade.plug import Observation, attention_layers, watch
 
 
 def record_layer(model: Any, tokenizer: Any, context: int, layer: int) -> tuple[Tensor, Tensor, Tensor, float | None]:
-    """Q `[1, H, N, D]`, k and v `[1, G, N, D]` and the scale of one attention layer on `context` tokens.
+    """What one attention layer is given on the first tokens of the built-in text.
+
+    Args:
+        model: A transformers language model in eval mode.
+        tokenizer: Its tokenizer.
+        context: N, tokens of the prompt.
+        layer: Number of the attention layer, from 0.
+
+    Returns:
+        q `[1, H, N, D]`, k and v `[1, G, N, D]` in the model's dtype, and the layer's scale (None means D^-0.5).
 
     Raises:
         ValueError: If the layer does not exist or the text is shorter than `context`.

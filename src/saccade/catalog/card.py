@@ -82,6 +82,12 @@ class Card:
     def build(self, **settings: Any) -> Any:
         """The mechanism with `settings`, or with `example` if none are given.
 
+        Args:
+            **settings: Hyperparameters by name.
+
+        Returns:
+            An instance of `target`.
+
         Raises:
             ValueError: If a setting is unknown, of the wrong type or out of range, naming it.
         """
@@ -97,7 +103,15 @@ _CARDS: dict[str, Card] = {}
 
 
 def register(name: str, kind: Kind, **facts: Any) -> Callable[[T], T]:
-    """Class decorator that makes a mechanism known; the arguments are the fields of `Card`.
+    """Class decorator that makes a mechanism known.
+
+    Args:
+        name: Registry name, that of the file.
+        kind: Fixes its one method.
+        **facts: The other fields of `Card`, but `target` and `room`.
+
+    Returns:
+        The decorator; it returns the class itself, with its `card`.
 
     Raises:
         ValueError: If the name is taken or not that of the file, or a fact is not one the catalogue knows.
@@ -139,7 +153,13 @@ def cards() -> tuple[Card, ...]:
 
 
 def get(name: str) -> Card:
-    """The card of `name`.
+    """The card of one mechanism.
+
+    Args:
+        name: Registry name.
+
+    Returns:
+        Its card.
 
     Raises:
         ValueError: If there is none; suggests the nearest names.
@@ -160,7 +180,18 @@ def search(
     title: str | None = None,
     kind: Kind | str | None = None,
 ) -> tuple[Card, ...]:
-    """Cards that meet every given condition; `title` matches part of a paper's title, ignoring case.
+    """Cards that meet every given condition.
+
+    Args:
+        room: Folder in `mechanisms/`.
+        pattern: An attention pattern it is defined for.
+        training_free: Whether it works on pretrained weights as they are.
+        capability: A key of `CAPABILITIES` it supports.
+        title: Part of the title of one of its papers, ignoring case.
+        kind: Its kind.
+
+    Returns:
+        The cards, by room and name.
 
     Raises:
         ValueError: If `room`, `pattern`, `capability` or `kind` is not one that exists.

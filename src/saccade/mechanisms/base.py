@@ -27,6 +27,12 @@ PLAIN = Geometry()
 def require(condition: bool, name: str, value: object, expected: str) -> None:
     """Raise the library's one form of error for a bad hyperparameter.
 
+    Args:
+        condition: What must hold.
+        name: Hyperparameter.
+        value: What it is.
+        expected: What it should be, in words.
+
     Raises:
         ValueError: `name=value: expected ...`, unless `condition` holds.
     """
@@ -36,6 +42,12 @@ def require(condition: bool, name: str, value: object, expected: str) -> None:
 
 def require_pattern(card: Card, q: Tensor, k: Tensor, geometry: Geometry) -> None:
     """Refuse a pattern or a grid the mechanism is not defined for.
+
+    Args:
+        card: Of the mechanism.
+        q: `[B, H, M, D]`.
+        k: `[B, G, N, D]`.
+        geometry: Causality and segments.
 
     Raises:
         ValueError: Naming the pattern and those of the card.

@@ -7,7 +7,12 @@ from torch import Tensor
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Shapes, dtypes and devices of queries, keys and values.
+    """Check shapes, dtypes and devices of queries, keys and values.
+
+    Args:
+        q: Floating point `[B, H, M, D]`.
+        k: `[B, G, N, D]`, G dividing H, dtype and device of q.
+        v: `[B, G, N, E]`, dtype and device of q.
 
     Raises:
         ValueError: Naming the argument, what it is and what is expected.
@@ -16,7 +21,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} of type {type(tensor).__name__}: expected a tensor")
         if tensor.ndim != 4:
-            raise ValueError(f"{name} of shape {tuple(tensor.shape)}: expected 4 dimensions [batch, heads, tokens, dim]")
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)}: expected 4 dimensions [batch, heads, tokens, dim]"
+            )
         if not tensor.is_floating_point():
             raise ValueError(f"{name} of dtype {tensor.dtype}: expected a floating-point dtype")
     batch, heads, _, dim = q.shape
@@ -39,9 +46,7 @@ def check_segments(q: Tensor, k: Tensor, q_segments: Tensor | None, kv_segments:
         if ids is None:
             continue
         if ids.ndim != 2 or ids.shape[0] not in (1, like.shape[0]) or ids.shape[1] != like.shape[2]:
-            raise ValueError(
-                f"{name} of shape {tuple(ids.shape)}: expected [{like.shape[0]} or 1, {like.shape[2]}]"
-            )
+            raise ValueError(f"{name} of shape {tuple(ids.shape)}: expected [{like.shape[0]} or 1, {like.shape[2]}]")
         if ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(f"{name} of dtype {ids.dtype}: expected an integer dtype")
 

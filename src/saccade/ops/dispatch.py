@@ -76,8 +76,14 @@ def choose(
 ) -> tuple[Implementation, dict[str, str]]:
     """The implementation to run and why those before it were passed over.
 
-    `implementations` is ordered by preference. `impl="auto"` takes the first that does not refuse; "reference" is never
-    taken automatically. An explicit choice runs or raises.
+    Args:
+        op: Engine, for messages.
+        implementations: By name, ordered by preference.
+        impl: "auto" takes the first that does not refuse, but never "reference"; a name runs or raises.
+        call: The arguments of the engine by name.
+
+    Returns:
+        The implementation, and for each one passed over the reason.
 
     Raises:
         ValueError: If `impl` is unknown, or the one asked for (or every one) refuses the call.

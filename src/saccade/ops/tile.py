@@ -38,6 +38,14 @@ def tile_forward(
 ) -> tuple[Tensor, Tensor]:
     """Attention of each tile.
 
+    Args:
+        q: `[n, m, D]`.
+        k: `[n, L, D]`.
+        v: `[n, L, E]`.
+        mask: Bool `[n', m', L]`, True = attend; None hides nothing.
+        scale: Factor on q k^T.
+        softcap: Bound on the scores; None means none.
+
     Returns:
         out `[n, m, E]` and lse `[n, m]`, in the accumulation dtype; 0 and -inf for rows that see nothing.
     """

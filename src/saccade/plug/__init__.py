@@ -15,9 +15,9 @@ from saccade.plug.strict_json import RecipeError
 
 if TYPE_CHECKING:
     from saccade.plug.explanation import Explanation, explain
+    from saccade.plug.observation import watch
     from saccade.plug.state import Observation
     from saccade.plug.transformers import Handle, apply, patchable_layers
-    from saccade.plug.observation import watch
 
 __all__ = [
     "Choice", "Explanation", "Fingerprint", "Handle", "LayerRecipe", "Observation", "Recipe", "RecipeError", "apply",

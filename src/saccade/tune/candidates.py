@@ -37,11 +37,7 @@ class Candidate:
         return json.dumps([self.mechanism, self.settings], sort_keys=True)
 
     def build(self) -> Any:
-        """The mechanism.
-
-        Raises:
-            ValueError: If it is dense attention, which is no mechanism.
-        """
+        """The mechanism; `ValueError` for dense attention, which is none."""
         if self.mechanism == DENSE:
             raise ValueError("mechanism='dense': expected a registered mechanism to build")
         return get(self.mechanism).build(**self.settings)

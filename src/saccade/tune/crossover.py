@@ -37,6 +37,9 @@ def crossover_lengths(model: Any, ids: Tensor, candidates: list[Candidate], cont
         ids: Token ids `[context]`.
         candidates: Candidates in use.
         context: Tokens they were scored at.
+
+    Returns:
+        Tokens by the candidates' keys.
     """
     found = {candidate.key: context for candidate in candidates}
     if not candidates:

@@ -41,6 +41,15 @@ class Settings:
     def make(cls, context: int, budget: float, seed: int, *, quick: bool) -> Settings:
         """Checked settings of a full or a quick run.
 
+        Args:
+            context: Tokens of a prompt, at least 256.
+            budget: Largest allowed relative rise in perplexity, in (0, 1].
+            seed: Of the pass keys.
+            quick: Fewer confirmations, rounds and pass keys.
+
+        Returns:
+            The settings.
+
         Raises:
             ValueError: If `context` or `budget` is out of range.
         """

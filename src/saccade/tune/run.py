@@ -65,6 +65,17 @@ def plan_tuning(
 ) -> Plan:  # fmt: skip
     """What `tune` with the same arguments would try and about how long; nothing is run beside a short timing.
 
+    Args:
+        model: As in `tune`, like the others.
+        context: Tokens of a prompt.
+        budget: Largest allowed relative rise in perplexity.
+        quick: Every other candidate, fewer rounds and pass keys.
+        seed: Of the pass keys.
+        mechanisms: Only these; None means all that apply.
+
+    Returns:
+        The plan.
+
     Raises:
         ValueError: As `tune`.
     """
@@ -136,7 +147,8 @@ def tune(
     texts = load_texts(tokenizer, text, context)
     settings = plan.settings
     arguments = {
-        "saccade": version("saccade"), "model": asdict(fingerprint(model)), "settings": asdict(settings), "text": texts.source, "tokens": len(texts.heldout_ids),
+        "saccade": version("saccade"), "model": asdict(fingerprint(model)),
+        "settings": asdict(settings), "text": texts.source, "tokens": len(texts.heldout_ids),
         "candidates": [candidate.key for candidate in plan.candidates],
     }  # fmt: skip
     state = RunState(Path(out) / "state.json", arguments)
@@ -167,6 +179,14 @@ def tune(
 
 def load_texts(tokenizer: Any, text: str | Path | None, context: int) -> Texts:
     """Both halves of the text, tokenised.
+
+    Args:
+        tokenizer: The model's.
+        text: A UTF-8 file; None means the built-in text.
+        context: Fewest tokens of a half.
+
+    Returns:
+        The halves and their token ids, int64 `[tokens]`.
 
     Raises:
         ValueError: If a half is shorter than the context.

@@ -68,6 +68,9 @@ def assign(choices: Choices, price: float) -> Assignment:
         choices: Times and damages.
         price: Seconds that one unit of damage is worth, at least 0.
 
+    Returns:
+        The assignment.
+
     Raises:
         ValueError: If `price` is negative.
     """

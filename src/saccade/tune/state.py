@@ -45,7 +45,12 @@ class RunState:
         return self.stages.get(stage, {}).get(key)
 
     def put(self, stage: str, key: str, value: Any) -> None:
-        """Keep a result (plain data) and write the file.
+        """Keep a result and write the file.
+
+        Args:
+            stage: Of the run.
+            key: Within the stage.
+            value: Plain data.
 
         Raises:
             RuntimeError: If the file cannot be written; the one before is still there.

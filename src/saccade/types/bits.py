@@ -43,6 +43,6 @@ def unique_bits(bits: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
 
 def bit_counts(bits: Tensor) -> Tensor:
     """Set bits of each pattern, int64 `[P]`."""
-    table = torch.arange(256, device=bits.device)
-    table = sum((table >> shift) & 1 for shift in range(8))
+    shifts = torch.arange(8, device=bits.device)
+    table = ((torch.arange(256, device=bits.device)[:, None] >> shifts) & 1).sum(1)
     return table[bits.long()].sum(-1)

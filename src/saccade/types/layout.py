@@ -309,7 +309,13 @@ class BlockLayout:
         return mask.view(self.batch, self.heads, self.query_blocks, self.key_blocks)
 
     def plot(self, batch: int = 0, head: int = 0, *, path: str | None = None, size: int = 256) -> Any:
-        """Draw one head's pattern, darker = denser, at most `size` cells a side; needs matplotlib.
+        """Draw one head's pattern, darker = denser; needs matplotlib.
+
+        Args:
+            batch: Number of the sequence.
+            head: Number of the head.
+            path: File to write; None writes none.
+            size: Most cells a side.
 
         Returns:
             The matplotlib figure, also written to `path` if given.
@@ -326,4 +332,4 @@ class BlockLayout:
         )
 
 
-__all__ = ["FULL", "BlockLayout", "MaskMod", "pack_bits", "unique_bits", "bit_counts"]
+__all__ = ["FULL", "BlockLayout", "MaskMod", "bit_counts", "pack_bits", "unique_bits"]

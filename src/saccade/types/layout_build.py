@@ -49,9 +49,7 @@ def ranges(starts: Tensor, counts: Tensor) -> Tensor:
     return base + torch.arange(total, device=starts.device)
 
 
-def make(
-    row: Tensor, column: Tensor, kinds: Tensor, bits: Tensor, like: BlockLayout | dict[str, Any]
-) -> BlockLayout:
+def make(row: Tensor, column: Tensor, kinds: Tensor, bits: Tensor, like: BlockLayout | dict[str, Any]) -> BlockLayout:
     """A layout from entries sorted by (row, column); patterns stored once, empty and unused ones dropped."""
     from saccade.types.layout import BlockLayout
 
@@ -236,9 +234,7 @@ def from_dense(mask: Tensor, block: int | tuple[int, int]) -> BlockLayout:
         raise ValueError(f"mask of dtype {mask.dtype}, shape {tuple(mask.shape)}: expected bool [M, N] or [B, H, M, N]")
     mask = mask.view(1, 1, *mask.shape) if mask.ndim == 2 else mask
     batch, heads, queries, keys = mask.shape
-    return from_mask_mod(
-        lambda b, h, q, k: mask[b, h, q, k], queries, keys, batch, heads, block, None, mask.device
-    )
+    return from_mask_mod(lambda b, h, q, k: mask[b, h, q, k], queries, keys, batch, heads, block, None, mask.device)
 
 
 def from_indices(
@@ -261,9 +257,7 @@ def from_indices(
     return make(row, ordered[row, slot], torch.full_like(row, -1), empty_bits(pair, indices.device), sizes)
 
 
-def from_block_mask(
-    mask: Any, block: tuple[int, int], queries: int | None, keys: int | None
-) -> BlockLayout:
+def from_block_mask(mask: Any, block: tuple[int, int], queries: int | None, keys: int | None) -> BlockLayout:
     """See `BlockLayout.from_block_mask`."""
     if not isinstance(mask, Tensor):
         return from_flex_block_mask(mask)
@@ -296,9 +290,7 @@ def from_flex_block_mask(mask: Any) -> BlockLayout:
         return from_indices(indices[:, :, :rows], queries, keys, block, slots < counts[:, :, :rows, None])
 
     partial = listed(mask.kv_num_blocks, mask.kv_indices)
-    layout = from_mask_mod(
-        mask.mask_mod, queries, keys, partial.batch, partial.heads, block, partial, partial.device
-    )
+    layout = from_mask_mod(mask.mask_mod, queries, keys, partial.batch, partial.heads, block, partial, partial.device)
     if mask.full_kv_num_blocks is None:
         return layout
     return combine(layout, listed(mask.full_kv_num_blocks, mask.full_kv_indices), union=True)

@@ -60,7 +60,10 @@ class Entropy(Probe):
         self._counts[layer] = self._counts[layer] + counts if layer in self._counts else counts
 
     def result(self) -> Tensor:
-        """fp64 `[layers, H]`, layers ascending; 0 for a head without a counted row.
+        """Mean entropy of each head.
+
+        Returns:
+            fp64 `[layers, H]`, layers ascending; 0 for a head without a counted row.
 
         Raises:
             ValueError: If nothing was observed.

@@ -52,7 +52,10 @@ class Rollout(Probe):
         chunks.append(weights.detach().mean(1))
 
     def result(self) -> Tensor:
-        """`[B, N, N]`: row i says how much of each input token is in token i after the highest layer number.
+        """The product of the layers' maps.
+
+        Returns:
+            `[B, N, N]`: row i says how much of each input token is in token i after the highest layer number.
 
         Raises:
             ValueError: If nothing was observed, or a layer's map is not square or not of the others' size.

@@ -87,6 +87,12 @@ def _mask(queries: int, keys: int, first: int, rows: int, geometry: Geometry, de
 def require_next(name: str, first_query: int, seen: int, layer: int) -> None:
     """Refuse chunks that repeat or skip queries of a layer.
 
+    Args:
+        name: Of the probe.
+        first_query: Where the chunk begins.
+        seen: Queries of this layer seen so far.
+        layer: Its number.
+
     Raises:
         ValueError: If the chunk does not begin where the last one ended.
     """

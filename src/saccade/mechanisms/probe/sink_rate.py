@@ -59,7 +59,10 @@ class SinkRate(Probe):
         self._counts[layer] = self._counts[layer] + counts if layer in self._counts else counts
 
     def importance(self) -> Tensor:
-        """fp64 `[layers, B, H, N]`, layers ascending: mean weight of each key over the queries that may see it.
+        """Mean weight of each key over the queries that may see it.
+
+        Returns:
+            fp64 `[layers, B, H, N]`, layers ascending.
 
         Raises:
             ValueError: If nothing was observed.

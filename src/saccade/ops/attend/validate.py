@@ -12,7 +12,10 @@ from saccade.ops.checks import check_qkv, check_segments
 
 
 def check_call(call: Mapping[str, Any]) -> None:
-    """Every argument of one `attend` call.
+    """Check every argument of one `attend` call.
+
+    Args:
+        call: The arguments of `attend` by name.
 
     Raises:
         ValueError: Naming the argument, its value and what is expected.

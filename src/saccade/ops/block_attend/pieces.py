@@ -84,6 +84,9 @@ def pieces(sharing: Sharing, tile_bytes: int, item_bytes: int, budget: int) -> I
         tile_bytes: What one entry of one copy costs.
         item_bytes: What one part of one copy costs beside its entries.
         budget: Bytes.
+
+    Yields:
+        Each piece.
     """
     layout = sharing.layout
     longest = max(1, (budget - item_bytes) // tile_bytes)

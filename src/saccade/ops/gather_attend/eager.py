@@ -60,7 +60,11 @@ class Lists:
         return x.reshape(self.batch, self.heads, self.groups * self.group, tiles.shape[-1])[:, :, : self.queries]
 
     def tiles(self, dim: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Chunks of tiles; `dim` is D + E.
+        """Chunks of tiles that fit the workspace.
+
+        Args:
+            dim: D + E.
+            dtype: Of the inputs.
 
         Yields:
             The tiles, the rows of `[B * G * N, .]` they gather int64 `[n, K]`, and their mask bool
