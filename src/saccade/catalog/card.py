@@ -200,6 +200,9 @@ def search(
         raise ValueError(f"room={room!r}: expected one of {ROOMS}")
     if capability is not None and capability not in CAPABILITIES:
         raise ValueError(f"capability={capability!r}: expected one of {sorted(CAPABILITIES)}")
+    for label, value, values in (("pattern", pattern, Pattern), ("kind", kind, Kind)):
+        if value is not None and value not in list(values):
+            raise ValueError(f"{label}={str(value)!r}: expected one of {[str(known) for known in values]}")
     wanted_pattern = None if pattern is None else Pattern(pattern)
     wanted_kind = None if kind is None else Kind(kind)
     return tuple(

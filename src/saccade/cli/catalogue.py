@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from saccade.catalog import Card, Paper, cards, get, papers, search
@@ -60,11 +61,11 @@ def list_command(
     if all_papers:
         table = Table("paper", "room", "state", "")
         for paper in chosen:
-            table.add_row(paper.title, paper.room, *paper_status(paper))
+            table.add_row(*map(escape, (paper.title, paper.room, *paper_status(paper))))
     else:
         table = Table("name", "room", "what", "drop-in")
         for card in found:
-            table.add_row(card.name, card.room, card.summary, "yes" if card.training_free else "")
+            table.add_row(card.name, card.room, escape(card.summary), "yes" if card.training_free else "")
     console.print(table)
     done = sum(paper_status(paper)[0] == "implemented" for paper in papers())
     console.print(f"{len(found)} mechanisms; {done} of {len(papers())} papers implemented")
@@ -89,11 +90,15 @@ def show_command(
 ) -> None:
     """Show a card: paper, settings, picture of its pattern, laws."""
     card = get(name)
-    console.print(f"[bold]{card.name}[/]  ({card.room}, {card.kind})\n{card.summary}\n")
+    if tokens < 1:
+        raise ValueError(f"tokens={tokens}: expected at least 1")
+    if picture is not None and card.kind is not Kind.SELECTOR:
+        raise ValueError(f"picture={picture!r}: {card.name} has no pattern to draw, expected a {Kind.SELECTOR}")
+    console.print(f"[bold]{card.name}[/]  ({card.room}, {card.kind})\n{escape(card.summary)}\n")
     for title in card.papers:
-        console.print(f"  {title} ({card.year})")
+        console.print(f"  {escape(title)} ({card.year})")
     for title in card.other_papers:
-        console.print(f"  {title} (not in the catalogue)")
+        console.print(f"  {escape(title)} (not in the catalogue)")
     rows = {
         "authors' code": card.code or "none", "patterns": ", ".join(sorted(card.patterns)) or "does not apply",
         "supports": ", ".join(sorted(card.supports)) or "nothing beyond the plain call",
@@ -101,9 +106,9 @@ def show_command(
         "work grows as": card.complexity or "not stated", "example settings": json.dumps(dict(card.example)),
     }  # fmt: skip
     for label, text in rows.items():
-        console.print(f"[dim]{label:>17}[/]  {text}", highlight=False)
+        console.print(f"[dim]{label:>17}[/]  {escape(text)}", highlight=False)
     for line in card.deviations:
-        console.print(f"[dim]{'deviation':>17}[/]  {line}", highlight=False)
+        console.print(f"[dim]{'deviation':>17}[/]  {escape(line)}", highlight=False)
     layout = _example_layout(card, tokens)
     if layout is not None:
         console.print(f"\n[dim]rows are queries, columns keys; {tokens} tokens[/]\n{draw(layout)}", highlight=False)
@@ -165,5 +170,5 @@ def verdict_table(verdicts: list[Verdict]) -> Table:
     """Verdicts as a table."""
     table = Table("law", "", "", show_edge=False)
     for verdict in verdicts:
-        table.add_row(f"{verdict.law:>2} {verdict.title}", MARKS[verdict.status], verdict.detail)
+        table.add_row(f"{verdict.law:>2} {verdict.title}", MARKS[verdict.status], escape(verdict.detail))
     return table
