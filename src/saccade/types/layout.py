@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from saccade.types import layout_algebra as algebra
 from saccade.types import layout_build as build
-from saccade.types.bits import bit_counts, edge_bits, pack_bits, transpose_bits, unique_bits, unpack_bits
+from saccade.types.bits import edge_bits, unpack_bits
 
 if TYPE_CHECKING:
     from saccade.types.base import Geometry
@@ -190,14 +191,14 @@ class BlockLayout:
         """Pairs in any of the layouts (same sizes and block; batch and heads broadcast)."""
         result = self
         for other in others:
-            result = build.combine(result, other, union=True)
+            result = algebra.combine(result, other, union=True)
         return result
 
     def intersection(self, *others: BlockLayout) -> BlockLayout:
         """Pairs in all of the layouts (same sizes and block; batch and heads broadcast)."""
         result = self
         for other in others:
-            result = build.combine(result, other, union=False)
+            result = algebra.combine(result, other, union=False)
         return result
 
     __or__ = union
@@ -214,52 +215,17 @@ class BlockLayout:
 
     def transpose(self) -> BlockLayout:
         """The layout with queries and keys exchanged: for each key block, the query blocks that read it."""
-        row, column = self.rows, self.indices.long()
-        group, query_block = row // self.query_blocks, row % self.query_blocks
-        new_row = group * self.key_blocks + column
-        order = torch.argsort(new_row * self.query_blocks + query_block)
-        counts = torch.bincount(new_row, minlength=self.batch * self.heads * self.key_blocks)
-        return BlockLayout(
-            indptr=build.indptr_from_counts(counts),
-            indices=query_block[order].int(),
-            kinds=self.kinds[order],
-            bits=transpose_bits(self.bits, self.block),
-            batch=self.batch,
-            heads=self.heads,
-            queries=self.keys,
-            keys=self.queries,
-            block=(self.block[1], self.block[0]),
-        )
+        return algebra.transpose(self)
 
     def expand(self, batch: int, heads: int) -> BlockLayout:
         """The same pattern repeated to `batch` and `heads`."""
-        return build.expand(self, batch, heads)
+        return algebra.expand(self, batch, heads)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def pairs(self) -> Tensor:
         """Kept (query, key) pairs per batch and head, int64 `[batch, heads]`."""
-        block_q, block_k = self.block
-        row, column = self.rows, self.indices.long()
-        height = (self.queries - (row % self.query_blocks) * block_q).clamp(max=block_q)
-        width = (self.keys - column * block_k).clamp(max=block_k)
-        kept = height * width
-        partial = self.kinds >= 0
-        if bool(partial.any()):
-            kept[partial] = self._partial_pairs(partial, height, width)
-        per_group = torch.zeros(self.batch * self.heads, dtype=torch.int64, device=self.device)
-        per_group.scatter_add_(0, row // self.query_blocks, kept)
-        return per_group.view(self.batch, self.heads)
-
-    def _partial_pairs(self, partial: Tensor, height: Tensor, width: Tensor) -> Tensor:
-        """Pairs kept by each bit-masked entry; patterns cut by the ragged edge are counted once per distinct cut."""
-        cuts = torch.stack([self.kinds[partial].long(), height[partial], width[partial]], 1)
-        distinct, which = torch.unique(cuts, dim=0, return_inverse=True)
-        counts = []
-        for chunk in distinct.split(max(1, build.CHUNK_BITS // (self.block[0] * self.block[1]))):
-            bits = unpack_bits(self.bits[chunk[:, 0]], self.block) & edge_bits(chunk[:, 1], chunk[:, 2], self.block)
-            counts.append(bits.flatten(1).sum(1))
-        return torch.cat(counts)[which]
+        return algebra.count_pairs(self)
 
     def density(self, *, causal: bool = False) -> float:
         """Kept pairs over all M x N pairs, or over the bottom-right causal pairs if `causal`."""
@@ -267,7 +233,7 @@ class BlockLayout:
 
     def density_per_head(self, *, causal: bool = False) -> Tensor:
         """`density` for each batch and head, fp64 `[batch, heads]`."""
-        total = build.causal_pairs(self.queries, self.keys) if causal else self.queries * self.keys
+        total = algebra.causal_pairs(self.queries, self.keys) if causal else self.queries * self.keys
         return self.pairs().double() / max(total, 1)
 
     def validate(self) -> None:
@@ -276,7 +242,7 @@ class BlockLayout:
         Raises:
             ValueError: Naming the field, the value found and what is expected.
         """
-        build.validate(self)
+        algebra.validate(self)
 
     def entry_mask(self, entries: Tensor) -> Tensor:
         """Bool `[len(entries), block_q, block_k]` of the given entries, ragged edges cut off."""
@@ -330,6 +296,3 @@ class BlockLayout:
             f"BlockLayout(batch={self.batch}, heads={self.heads}, queries={self.queries}, keys={self.keys}, "
             f"block={self.block}, entries={len(self.indices)}, patterns={len(self.bits)})"
         )
-
-
-__all__ = ["FULL", "BlockLayout", "MaskMod", "bit_counts", "pack_bits", "unique_bits"]

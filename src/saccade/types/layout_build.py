@@ -1,90 +1,18 @@
-"""Building and combining block layouts. Everything works on entries; nothing here is M x N."""
+"""Building block layouts: one function for each builder of `BlockLayout`, and the cuts of `within`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from saccade.types.bits import bit_counts, edge_bits, pack_bits, unique_bits, unpack_bits
+from saccade.types.bits import pack_bits, unique_bits, unpack_bits
+from saccade.types.layout_algebra import CHUNK_BITS, block_pair, combine, empty_bits, expand, make, ranges, take
 
 if TYPE_CHECKING:
     from saccade.types.layout import BlockLayout
-
-CHUNK_BITS = 1 << 24
-"""Mask elements that are unpacked at a time."""
-
-ABSENT = -2
-
-
-def block_pair(block: int | tuple[int, int]) -> tuple[int, int]:
-    """`block` as `(block_q, block_k)`, checked."""
-    pair = (block, block) if isinstance(block, int) else tuple(block)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"block={block}: expected a size of at least 1, or (block_q, block_k)")
-    return pair[0], pair[1]
-
-
-def causal_pairs(queries: int, keys: int) -> int:
-    """Number of (query, key) pairs with j <= i + N - M."""
-    skipped = max(queries - keys, 0)
-    seeing = queries - skipped
-    first = skipped + keys - queries + 1
-    return seeing * (2 * first + seeing - 1) // 2
-
-
-def indptr_from_counts(counts: Tensor) -> Tensor:
-    """CSR row pointers, int64 `[rows + 1]`."""
-    return torch.nn.functional.pad(counts.long().cumsum(0), (1, 0))
-
-
-def ranges(starts: Tensor, counts: Tensor) -> Tensor:
-    """Concatenate `arange(start, start + count)` over the rows."""
-    total = int(counts.sum())
-    ends = counts.cumsum(0)
-    base = (starts - ends + counts).repeat_interleave(counts, output_size=total)
-    return base + torch.arange(total, device=starts.device)
-
-
-def make(row: Tensor, column: Tensor, kinds: Tensor, bits: Tensor, like: BlockLayout | dict[str, Any]) -> BlockLayout:
-    """A layout from entries sorted by (row, column); patterns stored once, empty and unused ones dropped."""
-    from saccade.types.layout import BlockLayout
-
-    sizes = like if isinstance(like, dict) else sizes_of(like)
-    if len(bits):
-        kept = (kinds < 0) | (bit_counts(bits)[kinds.clamp(min=0).long()] > 0)
-        row, column, kinds = row[kept], column[kept], kinds[kept]
-        used, which = torch.unique(kinds.clamp(min=0), return_inverse=True)
-        bits, kinds = bits[used.long()], torch.where(kinds >= 0, which.int(), kinds)
-        if not bool((kinds >= 0).any()):
-            bits = bits[:0]
-        bits, kinds = unique_bits(bits, kinds)
-    rows = sizes["batch"] * sizes["heads"] * -(-sizes["queries"] // sizes["block"][0])
-    return BlockLayout(
-        indptr=indptr_from_counts(torch.bincount(row, minlength=rows)),
-        indices=column.int(),
-        kinds=kinds.int(),
-        bits=bits,
-        **sizes,
-    )
-
-
-def sizes_of(layout: BlockLayout) -> dict[str, Any]:
-    """The non-tensor fields."""
-    return {name: getattr(layout, name) for name in ("batch", "heads", "queries", "keys", "block")}
-
-
-def empty_bits(block: tuple[int, int], device: torch.device) -> Tensor:
-    """No patterns."""
-    return torch.empty(0, -(-block[0] * block[1] // 8), dtype=torch.uint8, device=device)
-
-
-def take(layout: BlockLayout, chosen: Tensor) -> BlockLayout:
-    """Only the entries where bool `chosen` `[entries]` is True."""
-    return make(layout.rows[chosen], layout.indices[chosen], layout.kinds[chosen], layout.bits, layout)
 
 
 def window(
@@ -364,86 +292,3 @@ def _evaluate(
         k.clamp(max=sizes["keys"] - 1),
     )
     return mask.expand(inside.shape), inside
-
-
-def expand(layout: BlockLayout, batch: int, heads: int) -> BlockLayout:
-    """See `BlockLayout.expand`."""
-    if (layout.batch, layout.heads) == (batch, heads):
-        return layout
-    if layout.batch not in (1, batch) or layout.heads not in (1, heads):
-        raise ValueError(f"batch={batch}, heads={heads}: cannot expand a layout of {layout.batch} x {layout.heads}")
-    groups = layout.batch * layout.heads
-    rows = torch.arange(groups * layout.query_blocks, device=layout.device)
-    rows = rows.view(layout.batch, layout.heads, -1).expand(batch, heads, -1).flatten()
-    counts = layout.indptr.diff()[rows]
-    entries = ranges(layout.indptr[rows], counts)
-    return replace(
-        layout,
-        indptr=indptr_from_counts(counts),
-        indices=layout.indices[entries],
-        kinds=layout.kinds[entries],
-        batch=batch,
-        heads=heads,
-    )
-
-
-def combine(a: BlockLayout, b: BlockLayout, *, union: bool) -> BlockLayout:
-    """Union or intersection of two layouts of the same sizes and block."""
-    for name in ("queries", "keys", "block"):
-        if getattr(a, name) != getattr(b, name):
-            raise ValueError(f"{name}={getattr(b, name)}: expected {getattr(a, name)}, that of the other layout")
-    batch, heads = max(a.batch, b.batch), max(a.heads, b.heads)
-    a, b = expand(a, batch, heads), expand(b, batch, heads)
-    code_a, code_b = (x.rows * x.key_blocks + x.indices for x in (a, b))
-    codes = torch.unique(torch.cat([code_a, code_b]))
-    kind_a = torch.full_like(codes, ABSENT)
-    kind_b = kind_a.clone()
-    kind_a[torch.searchsorted(codes, code_a)] = a.kinds.long()
-    kind_b[torch.searchsorted(codes, code_b)] = torch.where(b.kinds >= 0, b.kinds.long() + len(a.bits), b.kinds.long())
-    if not union:
-        both = (kind_a != ABSENT) & (kind_b != ABSENT)
-        codes, kind_a, kind_b = codes[both], kind_a[both], kind_b[both]
-    bits = torch.cat([a.bits, b.bits])
-    kinds = torch.minimum(kind_a, kind_b) if union else torch.maximum(kind_a, kind_b)
-    if union:
-        kinds = torch.where(kind_a == ABSENT, kind_b, torch.where(kind_b == ABSENT, kind_a, kinds))
-    mixed = (kind_a >= 0) & (kind_b >= 0)
-    if bool(mixed.any()):
-        pairs, which = torch.unique(torch.stack([kind_a[mixed], kind_b[mixed]], 1), dim=0, return_inverse=True)
-        kinds[mixed] = which + len(bits)
-        first, second = bits[pairs[:, 0]], bits[pairs[:, 1]]
-        bits = torch.cat([bits, first | second if union else first & second])
-    full = bit_counts(bits) == a.block[0] * a.block[1]
-    kinds = torch.where((kinds >= 0) & full[kinds.clamp(min=0)], -1, kinds) if len(bits) else kinds
-    return make(codes // a.key_blocks, codes % a.key_blocks, kinds, bits, a)
-
-
-def validate(layout: BlockLayout) -> None:
-    """See `BlockLayout.validate`."""
-    rows = layout.batch * layout.heads * layout.query_blocks
-    entries = len(layout.indices)
-    expected = {
-        "indptr": (torch.int64, (rows + 1,)),
-        "indices": (torch.int32, (entries,)),
-        "kinds": (torch.int32, (entries,)),
-        "bits": (torch.uint8, (len(layout.bits), -(-layout.block[0] * layout.block[1] // 8))),
-    }
-    for name, (dtype, shape) in expected.items():
-        tensor = getattr(layout, name)
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device != layout.device:
-            raise ValueError(
-                f"{name} of dtype {tensor.dtype}, shape {tuple(tensor.shape)} on {tensor.device}: "
-                f"expected {dtype}, {shape} on {layout.device}"
-            )
-    if int(layout.indptr[0]) != 0 or int(layout.indptr[-1]) != entries or bool((layout.indptr.diff() < 0).any()):
-        raise ValueError(f"indptr: expected to rise from 0 to {entries}, got {layout.indptr.tolist()[:8]}...")
-    if entries and (int(layout.indices.min()) < 0 or int(layout.indices.max()) >= layout.key_blocks):
-        raise ValueError(f"indices: expected key blocks in [0, {layout.key_blocks}), got up to {layout.indices.max()}")
-    if entries and (int(layout.kinds.min()) < -1 or int(layout.kinds.max()) >= len(layout.bits)):
-        raise ValueError(f"kinds: expected -1 or a pattern in [0, {len(layout.bits)}), got up to {layout.kinds.max()}")
-    code = layout.rows * layout.key_blocks + layout.indices
-    if bool((code.diff() <= 0).any()):
-        raise ValueError("indices: expected strictly ascending key blocks within each row")
-
-
-__all__ = ["CHUNK_BITS", "edge_bits"]
