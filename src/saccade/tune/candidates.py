@@ -86,3 +86,12 @@ def _why_not(card: Any) -> str | None:
     if card.ladder is None:
         return "its card has no ladder of settings"
     return None
+
+
+def every_other(candidates: list[Candidate]) -> list[Candidate]:
+    """Every second step of each ladder, the most computed one included."""
+    kept: list[Candidate] = []
+    for name in dict.fromkeys(c.mechanism for c in candidates):
+        ladder = [c for c in candidates if c.mechanism == name]
+        kept += ladder[::-2][::-1]
+    return kept

@@ -9,15 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from saccade.models.tasks import Passkey, check_head, language_score, passkey_prompts, text_windows
-from saccade.models.text import calibration_text, heldout_text, read_text, split_text
 from saccade.plug import Recipe, attention_layers, fingerprint, patchable_layers
 from saccade.report import write_report
 from saccade.tune.calibrate import Calibration, score_model
-from saccade.tune.candidates import DENSE, Candidate, find_candidates
+from saccade.tune.candidates import DENSE, Candidate, every_other, find_candidates
 from saccade.tune.confirm import Search, Trial, make_choices, make_recipe, rise_of
 from saccade.tune.crossover import crossover_lengths
 from saccade.tune.heldout import ARMS, Runner, measure_passkeys, measure_window
@@ -28,6 +24,7 @@ from saccade.tune.report_data import ReportParts, report_data
 from saccade.tune.score import CandidateScore
 from saccade.tune.search import Assignment, Choices
 from saccade.tune.state import RunState
+from saccade.tune.texts import Texts, load_texts
 
 CONFIRM_SEED = 1000
 """Added to the seed for the pass keys of the search, so that the held-out ones are others."""
@@ -46,17 +43,6 @@ class TuneResult:
     recipe: Recipe
     report: dict[str, Any]
     folder: Path
-
-
-@dataclass(frozen=True, eq=False)
-class Texts:
-    """Token ids of the two halves of the text, and the halves themselves."""
-
-    calibration: str
-    heldout: str
-    calibration_ids: Tensor
-    heldout_ids: Tensor
-    source: str
 
 
 def plan_tuning(
@@ -86,17 +72,8 @@ def plan_tuning(
         raise ValueError(f"context={context}: expected at most the model's {limit} positions")
     candidates, left_out = find_candidates(context, mechanisms)
     if quick:
-        candidates = [c for c in candidates if c in _every_other(candidates)]
+        candidates = [c for c in candidates if c in every_other(candidates)]
     return make_plan(model, settings, candidates, left_out)
-
-
-def _every_other(candidates: list[Candidate]) -> list[Candidate]:
-    """Every second step of each ladder, the most computed one included."""
-    kept: list[Candidate] = []
-    for name in dict.fromkeys(c.mechanism for c in candidates):
-        ladder = [c for c in candidates if c.mechanism == name]
-        kept += ladder[::-2][::-1]
-    return kept
 
 
 def tune(
@@ -175,32 +152,6 @@ def tune(
     recipe.save(folder / "recipe.json")
     state.close()
     return TuneResult(recipe, report, folder)
-
-
-def load_texts(tokenizer: Any, text: str | Path | None, context: int) -> Texts:
-    """Both halves of the text, tokenised.
-
-    Args:
-        tokenizer: The model's.
-        text: A UTF-8 file; None means the built-in text.
-        context: Fewest tokens of a half.
-
-    Returns:
-        The halves and their token ids, int64 `[tokens]`.
-
-    Raises:
-        ValueError: If a half is shorter than the context.
-    """
-    if text is None:
-        halves, source = (calibration_text(), heldout_text()), "built-in: documentation in CPython's pydoc_data.topics"
-    else:
-        halves, source = split_text(read_text(text)), str(text)
-    ids = [torch.tensor(tokenizer(half, add_special_tokens=False).input_ids) for half in halves]
-    for label, half in zip(("calibration", "held-out"), ids, strict=True):
-        if len(half) < context:
-            raise ValueError(f"text={source!r}: its {label} part has {len(half)} tokens, expected at least {context}")
-    counts = f"{len(ids[0]):,} calibration and {len(ids[1]):,} held-out tokens"
-    return Texts(halves[0], halves[1], ids[0], ids[1], f"{source}; {counts}")
 
 
 class _Job:
