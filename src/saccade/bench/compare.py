@@ -211,7 +211,7 @@ def _build(mechanisms: Iterable[str], tokens: int, causal: bool) -> dict[str, An
         card = get(name)
         if card.kind not in COMPARABLE or pattern not in card.patterns:
             known = ", ".join(sorted(card.patterns))
-            raise ValueError(f"mechanisms={name!r}: a {card.kind} for {known} cannot run on {pattern} q, k, v")
+            raise ValueError(f"mechanisms={name!r}: of kind {card.kind}, for {known}: cannot run on {pattern} q, k, v")
         steps: tuple[Any, ...] = (dict(card.example) if settings is None else settings,)
         if settings is None and card.ladder is not None:
             steps = card.ladder(tokens)

@@ -78,7 +78,7 @@ def find_candidates(context: int, names: Iterable[str] | None = None) -> tuple[l
 def _why_not(card: Any) -> str | None:
     """Why the tuner cannot use this mechanism in a pretrained language model, or None."""
     if card.kind is not Kind.SELECTOR:
-        return f"a {card.kind} does not choose which pairs a layer computes"
+        return f"of kind {card.kind}: chooses no pairs that a layer could leave out"
     if not card.training_free:
         return "needs training"
     if Pattern.CAUSAL_SELF not in card.patterns:

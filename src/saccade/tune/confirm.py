@@ -99,6 +99,7 @@ class Search:
         self.trials: list[Trial] = []
         dense = torch.zeros(choices.damage.shape[:2], dtype=torch.int64)
         self.best = evaluate(choices, dense)
+        self.kept: Trial | None = None
 
     def run(self, tries: int, step: Callable[[str], None]) -> Assignment:
         """The fastest assignment that held; dense attention if none did."""
@@ -113,7 +114,7 @@ class Search:
             if trial.holds:
                 low = max(low, assignment.damage)
                 if assignment.seconds < self.best.seconds:
-                    self.best = assignment
+                    self.best, self.kept = assignment, trial
             else:
                 high = min(high, assignment.damage)
             target = self._next_target(trial, low, high)

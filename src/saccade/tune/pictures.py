@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saccade.models.tasks import last_hidden_states
+from saccade.ops import attend, block_attend
 from saccade.plug import Observation, Recipe, watch
 from saccade.tune.candidates import DENSE, Candidate
 from saccade.types import BlockLayout, Geometry
@@ -30,13 +31,14 @@ def pick_heads(recipe: Recipe, count: int = 6) -> list[tuple[str, int, Candidate
 
 
 def draw_examples(model: Any, ids: Tensor, picks: list[tuple[str, int, Candidate]]) -> list[dict[str, Any]]:
-    """For each pick, `[CELLS, CELLS]` log attention and share of computed pairs, as nested lists."""
+    """For each pick, `[CELLS, CELLS]` log attention and share of computed pairs, and the attention mass these hold."""
     examples: list[dict[str, Any]] = []
 
     def observe(seen: Observation) -> None:
         for name, head, candidate in picks:
             if name == seen.layer:
-                examples.append(_example(seen, name, head, candidate))
+                example = _example(seen, name, head, candidate)
+                examples.extend([] if example is None else [example])
 
     if picks:
         with torch.no_grad(), watch(model, observe):
@@ -44,20 +46,24 @@ def draw_examples(model: Any, ids: Tensor, picks: list[tuple[str, int, Candidate
     return examples
 
 
-def _example(seen: Observation, name: str, head: int, candidate: Candidate) -> dict[str, Any]:
+def _example(seen: Observation, name: str, head: int, candidate: Candidate) -> dict[str, Any] | None:
+    """One picture; None for a choice that is not made of blocks."""
     shared = seen.q.shape[1] // seen.k.shape[1]
-    q, k = seen.q[:, head : head + 1], seen.k[:, head // shared : head // shared + 1]
-    chosen = candidate.build().pattern(q, k, Geometry(causal=True))
-    layout = chosen if isinstance(chosen, BlockLayout) else None
-    pattern = torch.zeros(CELLS, CELLS) if layout is None else coverage(layout, 0, 0, CELLS)
+    q, k, v = seen.q[:, head, None], seen.k[:, head // shared, None], seen.v[:, head // shared, None]
+    layout = candidate.build().pattern(q, k, Geometry(causal=True))
+    if not isinstance(layout, BlockLayout):
+        return None
     scale = q.shape[3] ** -0.5 if seen.scale is None else seen.scale
+    kept = block_attend(q, k, v, layout, scale=scale, return_lse=True).lse
+    whole = attend(q, k, v, causal=True, scale=scale, return_lse=True).lse
     return {
         "layer": name,
         "head": head,
         "label": candidate.label,
-        "density": 0.0 if layout is None else layout.density(causal=True),
+        "density": layout.density(causal=True),
+        "mass": float((kept - whole).exp().mean()),
         "attention": attention_map(q[0, 0], k[0, 0], scale).tolist(),
-        "pattern": [[round(x, 3) for x in row] for row in pattern.tolist()],
+        "pattern": [[round(x, 3) for x in row] for row in coverage(layout, 0, 0, CELLS).tolist()],
     }
 
 

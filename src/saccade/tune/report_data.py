@@ -11,7 +11,7 @@ from typing import Any
 
 from saccade.bench.measure import describe_machine
 from saccade.plug import Recipe, fingerprint
-from saccade.report.page import megabytes, percent, seconds
+from saccade.report.page import megabytes, percent, seconds, signed
 from saccade.tune.candidates import Candidate
 from saccade.tune.confirm import Trial
 from saccade.tune.heldout import ARMS
@@ -36,6 +36,7 @@ class ReportParts:
     choices: Choices
     assignment: Assignment
     trials: list[Trial]
+    kept: Trial | None
     recipe: Recipe
     rounds: list[dict[str, Any]]
     splits: dict[str, dict[str, float]]
@@ -128,7 +129,7 @@ def targets(parts: ReportParts, summary: dict[str, Any]) -> list[dict[str, Any]]
         {"name": "prefill, against dense", "wanted": f"at least {PREFILL_TARGET}×",
          "got": f"{summary['prefill_speedup']:.2f}×", "met": summary["prefill_speedup"] >= PREFILL_TARGET},
         {"name": "perplexity, against dense", "wanted": f"at most {percent(budget)} more",
-         "got": f"{100 * summary['perplexity_rise']:+.2f} %", "met": summary["perplexity_rise"] <= budget},
+         "got": signed(summary["perplexity_rise"]), "met": summary["perplexity_rise"] <= budget},
         {"name": "pass keys found", "wanted": f"no fewer than dense ({summary['passkey']['dense']}) at any length",
          "got": f"{summary['passkey']['tuned']} of {summary['passkeys_asked']}", "met": all(by_length)},
     ]  # fmt: skip
@@ -213,7 +214,7 @@ def search(parts: ReportParts) -> dict[str, Any]:
         "frontier": [{"seconds": a.seconds, "damage": a.damage} for a in frontier(parts.choices)],
         "confirmed": [
             {"seconds": trial.seconds, "damage": trial.damage, "rise": trial.rise, "passkey": trial.passkey,
-             "holds": trial.holds, "kept": trial.damage == parts.assignment.damage}
+             "holds": trial.holds, "kept": trial is parts.kept}
             for trial in parts.trials
         ],
     }  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 
 from saccade.models.tasks import Passkey, check_head, language_score, passkey_prompts, text_windows
 from saccade.plug import Recipe, attention_layers, fingerprint, patchable_layers
-from saccade.report import write_report
+from saccade.report import require_packages, write_report
 from saccade.tune.calibrate import Calibration, score_model
 from saccade.tune.candidates import DENSE, Candidate, every_other, find_candidates
 from saccade.tune.confirm import Search, Trial, make_choices, make_recipe, rise_of
@@ -119,6 +119,7 @@ def tune(
     """
     started = time.time()
     progress = Progress() if progress is None else progress
+    require_packages()
     plan = plan_tuning(model, context=context, budget=budget, quick=quick, seed=seed, mechanisms=mechanisms)
     check_head(model)
     texts = load_texts(tokenizer, text, context)
@@ -135,7 +136,7 @@ def tune(
     scores = job.score()
     candidates = [Candidate(DENSE), *plan.candidates]
     choices = make_choices(candidates, scores)
-    assignment, trials = job.search(choices, candidates, list(scores))
+    assignment, trials, kept = job.search(choices, candidates, list(scores))
     crossings = job.crossovers(assignment, candidates)
     about = {"context": context, "budget": budget, "seed": seed, "made_by": "saccade tune"}
     recipe = make_recipe(model, list(scores), assignment, candidates, about, crossings)
@@ -143,7 +144,7 @@ def tune(
     examples = job.examples(recipe)
     parts = ReportParts(
         name=name, command=command, text=texts.source, plan=plan, candidates=candidates, scores=scores, choices=choices,
-        assignment=assignment, trials=trials, recipe=recipe, rounds=rounds, splits=splits, passkeys=keys,
+        assignment=assignment, trials=trials, kept=kept, recipe=recipe, rounds=rounds, splits=splits, passkeys=keys,
         examples=examples, elapsed=time.time() - started,
     )  # fmt: skip
     report = report_data(model, parts)
@@ -198,8 +199,8 @@ class _Job:
 
     def search(
         self, choices: Choices, candidates: list[Candidate], layers: list[str]
-    ) -> tuple[Assignment, list[Trial]]:
-        """The fastest assignment that holds on calibration text, and every one tried."""
+    ) -> tuple[Assignment, list[Trial], Trial | None]:
+        """The fastest assignment that holds on calibration text, every one tried, and the one it is (None: dense)."""
         windows = text_windows(self.texts.calibration_ids, self.settings.context, 1)
         prompts = self._keys(confirm_lengths(self.settings), self.settings.depths, self.texts.calibration, CONFIRM_SEED)
 
@@ -224,7 +225,7 @@ class _Job:
             self.progress.step("dense perplexity")
             search = Search(choices, self.settings.budget, measure, retrieve)
             best = search.run(self.settings.confirmations, self.progress.step)
-        return best, search.trials
+        return best, search.trials, search.kept
 
     def _kept(self, stage: str, key: str, make: Any) -> Any:
         """A result from the state file, or made now and kept there."""
