@@ -12,6 +12,8 @@ from saccade.catalog import card as card_module
 from saccade.catalog import cards, get, register, search
 from saccade.types import Kind, Pattern
 
+pytestmark = pytest.mark.quick
+
 TITLE = "Big Bird: Transformers for Longer Sequences"
 
 

@@ -10,6 +10,8 @@ import pytest
 from saccade.catalog import ROOMS, Paper, cards, papers
 from saccade.catalog.papers import paper_titles
 
+pytestmark = pytest.mark.quick
+
 
 def test_380_rows_with_unique_titles():
     assert len(papers()) == 380

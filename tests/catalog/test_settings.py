@@ -11,6 +11,8 @@ import pytest
 from saccade.catalog import cards, get
 from saccade.catalog.settings import check_settings, described, fits, setting_types
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("hint", "good", "bad"),

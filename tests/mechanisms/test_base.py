@@ -22,6 +22,8 @@ from saccade.mechanisms.base import (
 from saccade.ops.dispatch import recording
 from saccade.types import AttentionOutput, BlockLayout, Geometry, Kind, Pattern, TokenIndex
 
+pytestmark = pytest.mark.quick
+
 
 def card_of(target, kind, patterns=ALL_PATTERNS, supports=("segments", "lse", "gqa", "backward")):
     return Card("toy", kind, target, "where", "", patterns=frozenset(patterns), supports=frozenset(supports))

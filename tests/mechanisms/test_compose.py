@@ -18,6 +18,8 @@ from saccade.mechanisms.scores.cog import Cog
 from saccade.mechanisms.where.sink_window import SinkWindow
 from saccade.types import Geometry, Kind
 
+pytestmark = pytest.mark.quick
+
 
 @dataclass(frozen=True)
 class Turn(Position):

@@ -21,6 +21,8 @@ from saccade.models.tasks import (
     token_log_probs,
 )
 
+pytestmark = pytest.mark.quick
+
 transformers = pytest.importorskip("transformers")
 
 
@@ -68,7 +70,7 @@ def test_score_is_that_of_the_models_own_loss(family: str, monkeypatch: pytest.M
     model = tiny(family, **({"logits_scaling": 3.0} if family == "Granite" else {}))
     ids = torch.randint(40, (45,), generator=torch.Generator().manual_seed(0))
     windows = text_windows(ids, 20)
-    expected = sum(float(model(window[None], labels=window[None]).loss) for window in windows) / 2
+    expected = sum(model(window[None], labels=window[None]).loss.item() for window in windows) / 2
     score = language_score(model, windows)
     assert score.tokens == 38
     assert score.nll == pytest.approx(expected, rel=1e-5)

@@ -9,6 +9,8 @@ import pytest
 from saccade.models import text
 from saccade.models.text import builtin_text, calibration_text, heldout_text, read_text, split_text
 
+pytestmark = pytest.mark.quick
+
 
 def long_paragraphs(value: str) -> list[str]:
     return [paragraph for paragraph in value.split("\n\n") if len(paragraph) >= text.SHORT]

@@ -7,6 +7,8 @@ import torch
 
 from saccade.ops.checks import accumulation_dtype, check_qkv, check_segments, resolve_scale
 
+pytestmark = pytest.mark.quick
+
 Q, K, V = torch.zeros(2, 4, 7, 3), torch.zeros(2, 2, 9, 3), torch.zeros(2, 2, 9, 5)
 
 

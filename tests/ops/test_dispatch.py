@@ -8,6 +8,8 @@ import pytest
 
 from saccade.ops.dispatch import Implementation, RunRecord, choose, is_recording, record, recording
 
+pytestmark = pytest.mark.quick
+
 
 def small_only(call):
     return "too large" if call["size"] > 4 else None

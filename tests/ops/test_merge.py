@@ -9,6 +9,8 @@ from torch import Tensor
 from saccade.ops import attend, merge
 from saccade.types import AttentionOutput
 
+pytestmark = pytest.mark.quick
+
 INF = float("inf")
 
 

@@ -7,6 +7,8 @@ import torch
 
 from saccade.ops.tile import tile_backward, tile_forward
 
+pytestmark = pytest.mark.quick
+
 
 def dense(q, k, v, mask, scale, softcap):
     scores = q @ k.mT * scale

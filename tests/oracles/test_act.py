@@ -10,6 +10,8 @@ import torch
 from saccade.mechanisms.steer.act import ACT
 from saccade.types import Geometry
 
+pytestmark = pytest.mark.quick
+
 
 def softmax_map(q, k, causal):
     """`[B][H]` lists of rows of floats; 0 where hidden."""

@@ -8,6 +8,8 @@ import torch
 from saccade.mechanisms.state.based import Based
 from saccade.types import Geometry
 
+pytestmark = pytest.mark.quick
+
 CAUSAL = Geometry(causal=True)
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from saccade.mechanisms.reduce.dart import DART
 
+pytestmark = pytest.mark.quick
+
 
 def cosine(a: Tensor, b: Tensor) -> float:
     return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))

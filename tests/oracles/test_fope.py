@@ -9,6 +9,8 @@ import torch
 
 from saccade.mechanisms.positions.fope import FoPE
 
+pytestmark = pytest.mark.quick
+
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

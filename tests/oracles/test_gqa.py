@@ -7,6 +7,8 @@ import torch
 
 from saccade.mechanisms.heads.gqa import GQA
 
+pytestmark = pytest.mark.quick
+
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -11,6 +11,8 @@ from torch import Tensor
 from saccade.mechanisms.cache.base import CachedAttention
 from saccade.mechanisms.cache.h2o import H2O
 
+pytestmark = pytest.mark.quick
+
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, chunks: list[int], heavy: int, recent: int) -> tuple[Tensor, list]:
     """For each sequence and key/value head: a dict position -> accumulated attention is the cache."""

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from saccade.mechanisms.adapt.ip_adapter import IPAdapter
 
+pytestmark = pytest.mark.quick
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """`[B, M, C]` from unsplit projections."""

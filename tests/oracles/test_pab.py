@@ -8,6 +8,8 @@ from torch import Tensor
 
 from saccade.mechanisms.diffusion.pab import PAB
 
+pytestmark = pytest.mark.quick
+
 
 def run(mechanism: PAB, kind: str, timesteps: list[float]) -> tuple[list[int], list[int]]:
     """For each step the step whose computation it used, and the steps that computed."""

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from saccade.mechanisms.mixers.poolformer import PoolFormer
 
+pytestmark = pytest.mark.quick
+
 
 def oracle(x: Tensor, size: int) -> Tensor:
     """Mean over the cells within size // 2 on every axis that exist, minus the cell."""

@@ -8,6 +8,8 @@ import torch
 
 from saccade.mechanisms.probe.rollout import Rollout
 
+pytestmark = pytest.mark.quick
+
 
 def maps(layers, batch, heads, size):
     scores = np.random.default_rng(0).normal(size=(layers, batch, heads, size, size))

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from saccade.mechanisms.cross.simpool import SimPool
 
+pytestmark = pytest.mark.quick
+
 
 def oracle(module: SimPool, x: Tensor) -> Tensor:
     """Tokens `[B, N, C]`."""

@@ -8,6 +8,8 @@ import torch
 from saccade.mechanisms.where.sink_window import SinkWindow
 from saccade.types import Geometry
 
+pytestmark = pytest.mark.quick
+
 
 def dense_attention(q, k, v, mask):
     """softmax(q k^T / sqrt(D)) v over True pairs, in fp64; empty rows give 0."""

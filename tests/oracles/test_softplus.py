@@ -10,6 +10,8 @@ import torch
 from saccade.mechanisms.scores.softplus import Softplus
 from saccade.types import Geometry
 
+pytestmark = pytest.mark.quick
+
 
 def oracle(q, k, v, power, causal, scale=None):
     """One query at a time, plain floats, no stabilisation."""

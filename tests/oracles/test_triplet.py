@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from saccade.mechanisms.gates.triplet import Triplet
 
+pytestmark = pytest.mark.quick
+
 
 def gate(branch: nn.Sequential, x: Tensor) -> Tensor:
     """x * sigmoid(BN(conv([max, mean] over axis 1))) for x `[B, P, Q, R]`, in evaluation mode."""

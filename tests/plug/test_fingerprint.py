@@ -11,6 +11,8 @@ from torch import nn
 
 from saccade.plug import Recipe, apply, fingerprint
 
+pytestmark = pytest.mark.quick
+
 Build = Callable[..., Any]
 
 

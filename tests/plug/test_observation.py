@@ -7,6 +7,8 @@ import torch
 
 from saccade.plug import Recipe, apply, attention_layers, watch
 
+pytestmark = pytest.mark.quick
+
 
 def test_every_layer_is_seen_and_nothing_changes(tiny, ids):
     model = tiny()

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from saccade.plug import Choice, Fingerprint, LayerRecipe, Recipe, RecipeError
 from saccade.plug.strict_json import MAX_BYTES
 
+pytestmark = pytest.mark.quick
+
 MODEL = Fingerprint("LlamaForCausalLM", 2, 4, 2, 8, 32, 64, "ab" * 32)
 DENSE = (Choice("all", "dense"),)
 RECIPE = Recipe(

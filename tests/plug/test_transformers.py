@@ -24,6 +24,7 @@ def logits(model: Any, **inputs: Any) -> Tensor:
         return model(**inputs).logits
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2", "Qwen3", "GptOss"])
 def test_dense_recipe_is_bit_equal_and_leaves_nothing(tiny: Build, ids: Tensor, family: str) -> None:
     model = tiny(family, **(EXPERTS if family == "GptOss" else {}))
@@ -60,6 +61,7 @@ def test_softcap_and_sinks_of_the_model_are_kept(tiny: Build, ids: Tensor) -> No
             torch.testing.assert_close(logits(model, input_ids=ids), before, rtol=0, atol=1e-5)
 
 
+@pytest.mark.quick
 def test_narrow_window_changes_the_output_and_matches_a_masked_model(tiny: Build, ids: Tensor) -> None:
     model = tiny()
     distance = torch.arange(40)[:, None] - torch.arange(40)
@@ -126,6 +128,7 @@ def test_packed_positions_equal_separate_sequences(tiny: Build, ids: Tensor) -> 
         torch.testing.assert_close(packed, torch.cat(parts, 1), rtol=0, atol=1e-6)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("padded", [False, True])
 def test_generate_with_cache_equals_without(tiny: Build, ids: Tensor, padded: bool) -> None:
     model = tiny()

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 PATH = Path(__file__).parents[2] / "tools" / "check_tests.py"
 spec = importlib.util.spec_from_file_location("check_tests", PATH)
 check_tests = importlib.util.module_from_spec(spec)

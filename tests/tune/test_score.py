@@ -8,6 +8,8 @@ import torch
 from saccade.tune.candidates import Candidate
 from saccade.tune.score import FOCUS_SHARE, LayerInputs, compare_outputs, score_layer
 
+pytestmark = pytest.mark.quick
+
 
 def make_inputs(tokens=128, heads=4, groups=2, dim=8, mixing=True):
     generator = torch.Generator().manual_seed(0)

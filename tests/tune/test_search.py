@@ -10,6 +10,8 @@ import torch
 from saccade.tune.candidates import DENSE, Candidate
 from saccade.tune.search import GROUP_SECONDS, Choices, assign, evaluate, frontier, within
 
+pytestmark = pytest.mark.quick
+
 
 def make_choices(layers=2, heads=2, count=4, seed=0):
     generator = torch.Generator().manual_seed(seed)

@@ -8,6 +8,8 @@ import pytest
 
 from saccade.tune.state import RunState
 
+pytestmark = pytest.mark.quick
+
 
 def test_results_survive(tmp_path):
     path = tmp_path / "deep" / "state.json"

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from saccade.types import Geometry, Kind, Pattern, TokenIndex
 
+pytestmark = pytest.mark.quick
+
 SMALL = settings(max_examples=60, deadline=None, derandomize=True)
 
 

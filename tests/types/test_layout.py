@@ -12,6 +12,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from saccade.types import BlockLayout, Geometry
 
+pytestmark = pytest.mark.quick
+
 SMALL = settings(max_examples=40, deadline=None, derandomize=True)
 SIZES = st.tuples(st.integers(1, 13), st.integers(1, 13))
 BLOCKS = st.tuples(st.integers(1, 5), st.integers(1, 5))

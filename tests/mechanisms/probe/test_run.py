@@ -11,6 +11,8 @@ from saccade.mechanisms.base import Probe
 from saccade.mechanisms.probe.run import require_next, watch
 from saccade.types import Geometry
 
+pytestmark = pytest.mark.quick
+
 
 class Recorder(Probe):
     """Keeps what it is shown."""

@@ -128,6 +128,7 @@ def test_outputs_and_gradients_agree_with_the_oracle(rules, impl):
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("queries", "keys"), [(1, 6), (3, 8), (8, 3), (5, 5), (2, 0), (0, 4)])
 @pytest.mark.parametrize("values", [2, 4, 6])
 @pytest.mark.parametrize("causal", [False, True])
@@ -164,6 +165,7 @@ def test_gradcheck_with_everything():
     assert torch.autograd.gradcheck(call, leaves)
 
 
+@pytest.mark.quick
 def test_hand_made_case():
     zeros = torch.zeros(1, 1, 3, 2)
     v = torch.tensor([[[[1.0], [3.0], [8.0]]]])
@@ -172,6 +174,7 @@ def test_hand_made_case():
     torch.testing.assert_close(result.lse.flatten(), torch.tensor([1.0, 2.0, 3.0]).log())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("impl", ["auto", "eager", "reference"])
 def test_empty_rows_are_zero_with_zero_gradients(impl):
     leaves = problem(queries=9, keys=4, grad=True)
@@ -183,6 +186,7 @@ def test_empty_rows_are_zero_with_zero_gradients(impl):
     assert bool(dq.isfinite().all())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("impl", ["auto", "eager", "reference"])
 @pytest.mark.parametrize("value", [math.nan, INF, -INF])
 @pytest.mark.parametrize("mod", [None, lambda score, b, h, i, j: score])
@@ -246,6 +250,7 @@ def test_lse_dtype():
     assert attend(*problem(), return_lse=True).lse.dtype == FP64
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_chunks_equal_whole(rules):
     q, k, v = problem()
@@ -340,6 +345,7 @@ def test_score_mod_gradient_reaches_its_closure():
     torch.testing.assert_close(grads[1], grads[2])
 
 
+@pytest.mark.quick
 class TestRecords:
     @pytest.mark.parametrize(
         ("rules", "density"),
@@ -430,6 +436,7 @@ class TestOperator:
         assert lse.shape == (1, 64, 2**20)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

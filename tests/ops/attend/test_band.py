@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from saccade.ops.attend.band import Chunk, band, band_pairs, chunk_mask, chunk_rows, chunks, density, segment_span
 
+pytestmark = pytest.mark.quick
+
 SMALL = settings(max_examples=80, deadline=None, derandomize=True)
 SIDE = st.integers(-1, 12)
 

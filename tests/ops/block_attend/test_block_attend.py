@@ -95,6 +95,7 @@ def test_any_workspace_gives_the_same(name, workspace):
     torch.testing.assert_close(gradients(*found, inputs), gradients(*expected, inputs), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("queries", "keys"), [(96, 96), (40, 100), (100, 40)])
 @pytest.mark.parametrize("block", [16, (16, 32), (32, 16), 64])
 @pytest.mark.parametrize("window", [(20, 0), (-1, 0), (33, 7), (-1, -1)])
@@ -123,6 +124,7 @@ def test_gradcheck(name, softcap):
     assert torch.autograd.gradcheck(run, (*inputs, sinks), fast_mode=True)
 
 
+@pytest.mark.quick
 def test_one_key_by_hand():
     layout = BlockLayout.from_dense(torch.eye(3, dtype=torch.bool), 2)
     v = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])[None, None]
@@ -134,6 +136,7 @@ def test_one_key_by_hand():
     torch.testing.assert_close(halved, v / 2)
 
 
+@pytest.mark.quick
 def test_empty_rows():
     inputs, mask, layout = problem("gqa per head", density=0.02)
     out, lse = block_attend(*inputs, layout, return_lse=True)
@@ -239,6 +242,7 @@ def test_low_precision(name, dtype):
         assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * truth[some].abs().max()
 
 
+@pytest.mark.quick
 def test_deterministic_and_untouched():
     inputs, _, layout = problem("gqa shared by heads", dtype=torch.float32)
     before = [x.detach().clone() for x in inputs]
@@ -303,6 +307,7 @@ def test_records_what_ran():
     assert records[0].density == pytest.approx(float(mask.double().mean()))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -95,6 +95,7 @@ def test_outputs_and_gradients_agree_with_the_oracle(index, extras, workspace, i
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("queries", "keys"), [(1, 6), (9, 4), (5, 5), (3, 0), (0, 3)])
 def test_any_sizes(queries, keys):
     q, k, v = problem(queries=queries, keys=keys)
@@ -122,6 +123,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(call, leaves)
 
 
+@pytest.mark.quick
 def test_hand_made_case():
     q, k = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 4, 2)
     v = torch.tensor([1.0, 2.0, 4.0, 8.0]).view(1, 1, 4, 1)
@@ -131,6 +133,7 @@ def test_hand_made_case():
     torch.testing.assert_close(result.lse.flatten(), torch.tensor([math.log(2), 0.0]))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("causal", [False, True])
 def test_all_keys_listed_is_dense_attention(causal):
     q, k, v = problem()
@@ -147,6 +150,7 @@ def test_empty_lists_are_zero_with_zero_gradients():
     assert bool((dq[0, 0, 0] == 0).all())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("value", [math.nan, INF, -INF])
 @pytest.mark.parametrize("heads", [1, 4])
 def test_unlisted_poison_is_inert(value, heads):
@@ -237,6 +241,7 @@ class TestOperator:
         assert out.numel() == 2**32
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

@@ -35,6 +35,7 @@ def test_equals_the_direct_sum_with_gradients(size: tuple[int, ...], taps: tuple
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("taps", [1, 4, 5, 9])
 def test_equals_numpy(taps: int) -> None:
     rng = np.random.default_rng(0)
@@ -45,6 +46,7 @@ def test_equals_numpy(taps: int) -> None:
     np.testing.assert_allclose(long_conv(*tensors, causal=False)[0, 0], np.convolve(x, kernel, "same"), atol=1e-12)
 
 
+@pytest.mark.quick
 def test_an_impulse_gives_the_kernel_and_does_not_wrap_around() -> None:
     x = torch.zeros(1, 1, 6, dtype=torch.float64)
     x[..., 4] = 1
@@ -128,6 +130,7 @@ def test_the_call_is_recorded() -> None:
     assert [(entry.op, entry.impl) for entry in records] == [("long_conv", "eager")]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -61,6 +61,7 @@ def options_of(mode: str) -> dict[str, object]:
     return {"normalise": mode == "normalise", "scale": 0.7}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("decay", DECAYS)
 def test_every_form_equals_the_recurrence(decay: str, mode: str) -> None:
@@ -130,6 +131,7 @@ def test_low_precision_errs_no_more_than_the_reference_in_that_precision(
         assert error <= 2 * allowed + 1e-6 * want.norm()
 
 
+@pytest.mark.quick
 def test_dtypes() -> None:
     out, state = scan(**problem("token", "plain", torch.bfloat16))
     assert out.dtype == torch.bfloat16
@@ -165,6 +167,7 @@ def test_a_decay_of_minus_infinity_forgets(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.quick
 def test_known_by_hand() -> None:
     """k = v = q = 1, decay 1/2: out = 1, 3/2, 7/4; under the delta rule with beta 1 the state stays 1."""
     ones = torch.ones(1, 1, 3, 1, dtype=torch.float64)
@@ -291,6 +294,7 @@ def test_diagonal_scan_with_fixed_matrices_is_a_convolution() -> None:
     torch.testing.assert_close(diagonal_scan(u, decay, b, c, chunk=4)[0], wanted)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("change", "message"),
     [
