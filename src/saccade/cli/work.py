@@ -30,6 +30,14 @@ def add_commands(app: typer.Typer) -> None:
 def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:
     """A model and its tokenizer: the built-in one, a folder, or a transformers id (never with code of its own).
 
+    Args:
+        name: `smollm2`, a folder, or a transformers id.
+        device: In torch's words.
+        dtype: Of the weights: float32, bfloat16 or float16.
+
+    Returns:
+        The model in eval mode on its device, and its tokenizer.
+
     Raises:
         ValueError: If the device or dtype is unknown, or the model cannot be loaded.
     """
@@ -196,6 +204,12 @@ def compare_command(
 
 def parse_shape(text: str) -> tuple[int, ...]:
     """Five whole numbers.
+
+    Args:
+        text: They, with commas between.
+
+    Returns:
+        The numbers.
 
     Raises:
         ValueError: If they are not.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -54,8 +54,8 @@ def _example(seen: Observation, name: str, head: int, candidate: Candidate) -> d
     if not isinstance(layout, BlockLayout):
         return None
     scale = q.shape[3] ** -0.5 if seen.scale is None else seen.scale
-    kept = block_attend(q, k, v, layout, scale=scale, return_lse=True).lse
-    whole = attend(q, k, v, causal=True, scale=scale, return_lse=True).lse
+    kept = cast("Tensor", block_attend(q, k, v, layout, scale=scale, return_lse=True).lse)
+    whole = cast("Tensor", attend(q, k, v, causal=True, scale=scale, return_lse=True).lse)
     return {
         "layer": name,
         "head": head,

@@ -31,7 +31,9 @@ from saccade.types import BlockLayout, Geometry, Kind
     ),
     example={"window": 24, "sinks": 3, "block": 16},
     exact=lambda n: {"window": n, "sinks": 0, "block": 16},
-    ladder=lambda n: tuple({"window": max(n // part, 1), "sinks": min(64, max(n // 64, 1))} for part in (64, 32, 16, 8, 4)),
+    ladder=lambda n: tuple(
+        {"window": max(n // part, 1), "sinks": min(64, max(n // 64, 1))} for part in (64, 32, 16, 8, 4)
+    ),
 )
 @dataclass(frozen=True)
 class SinkWindow(Selector):
