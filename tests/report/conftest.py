@@ -56,8 +56,8 @@ def example(rng, layer, label):
         total = sum(weights)
         attention.append([round(math.log10(max(w / total, 1e-6)), 2) for w in weights])
         pattern.append([float(j <= i and (j < 2 or i - j < 8 or (i + 3 * j) % 17 == layer)) for j in range(CELLS)])
-    return {"layer": f"model.layers.{layer}.self_attn", "head": layer % HEADS, "label": label, "density": 0.231, "mass": 0.987,
-            "attention": attention, "pattern": pattern}  # fmt: skip
+    return {"layer": f"model.layers.{layer}.self_attn", "head": layer % HEADS, "label": label, "density": 0.231,
+            "mass": 0.987, "attention": attention, "pattern": pattern}  # fmt: skip
 
 
 def target_rows():

@@ -85,6 +85,9 @@ def expect_stable(function: Callable[..., Tensor], leaves: Sequence[Tensor], nam
         function: From tensors to the output.
         leaves: Its inputs in fp64.
         names: Of the gradients, one for each leaf.
+
+    Returns:
+        A note for the verdict.
     """
     generator = torch.Generator().manual_seed(2)
     exact = [x.detach().float().double() for x in leaves]

@@ -61,6 +61,14 @@ Results = dict[tuple[int, int], dict[str, Tensor]]
 def run_ranks(card: Card, settings: dict[str, Any], cases: tuple[Case, ...]) -> Results:
     """Run every case in as many processes as it has shards.
 
+    Args:
+        card: Of the parallel mechanism.
+        settings: Its hyperparameters.
+        cases: Problems and their shards.
+
+    Returns:
+        What every rank of every case found.
+
     Raises:
         Broken: If a process fails or they do not end in time.
         NotApplicable: If this system has no gloo or no fork.
