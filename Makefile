@@ -37,6 +37,7 @@ lint: $(STAMP)
 	@$(BIN)/lint-imports
 	@$(BIN)/pydoclint --quiet src
 	@$(BIN)/python tools/check_tests.py tests
+	@$(BIN)/python tools/make_docs.py --check
 
 bench: $(STAMP)
 	@$(BIN)/saccade bench ops
