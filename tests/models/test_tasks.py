@@ -140,3 +140,16 @@ def test_passkey_results_read_the_greedy_answer(monkeypatch: pytest.MonkeyPatch)
     answer = torch.tensor([[ord(letter) % 10 for letter in prompt.answer]])
     monkeypatch.setattr(type(model), "generate", lambda self, ids, **_: torch.cat([ids, (answer + 2) % 10], 1))
     assert passkey_results(model, tokenizer, [prompt])[0].found
+
+
+def test_pair_score_is_both_scores_in_one_pass(byte_model):
+    model, _ = byte_model
+    ids = torch.randint(2, 250, (700,), generator=torch.Generator().manual_seed(0))
+    first = tasks.last_hidden_states(model, ids)
+    second = first + 0.1 * torch.randn(first.shape, generator=torch.Generator().manual_seed(1))
+    nll_first, nll_second, divergence = tasks.pair_score(model, first, second, ids)
+    assert nll_first == pytest.approx(-float(tasks.token_log_probs(model, first, ids).mean()), rel=1e-5)
+    assert nll_second == pytest.approx(-float(tasks.token_log_probs(model, second, ids).mean()), rel=1e-5)
+    assert divergence == pytest.approx(float(tasks.token_kl(model, first, second).mean()), rel=1e-4)
+    with pytest.raises(ValueError, match=r"reference of shape \(1, 32\): expected \(700, 32\)"):
+        tasks.pair_score(model, first[:1], second, ids)

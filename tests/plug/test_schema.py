@@ -6,9 +6,8 @@ import copy
 import json
 from importlib.resources import files
 
+import jsonschema
 import pytest
-
-jsonschema = pytest.importorskip("jsonschema")
 
 from saccade.plug import Recipe, RecipeError
 

@@ -27,7 +27,10 @@ def test_what_is_kept_held(slope):
     best = search.run(4, lambda note: None)
     assert slope * best.damage <= MARGIN * 0.01
     assert best.seconds <= float(choices.seconds[:, 0].sum())
-    assert any(trial.holds for trial in search.trials) == (best.damage > 0)
+    assert (search.kept is not None) == (best.damage > 0)
+    if search.kept is not None:
+        assert search.kept.holds
+        assert search.kept.passkey == "3/4, dense 3/4"
 
 
 def test_more_tries_do_not_make_it_slower():

@@ -176,6 +176,37 @@ def token_kl(model: Any, reference: Tensor, hidden: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def pair_score(model: Any, reference: Tensor, hidden: Tensor, ids: Tensor) -> tuple[float, float, float]:
+    """Two runs on one window in a single pass over the output layer.
+
+    Args:
+        model: A transformers causal language model.
+        reference: Hidden states `[N, C]` of the reference run.
+        hidden: Hidden states `[N, C]` of the other.
+        ids: Token ids `[N]`.
+
+    Returns:
+        Mean negative log-likelihood of the reference and of the other, and the mean KL(reference || other), in nats.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if reference.shape != hidden.shape:
+        raise ValueError(f"reference of shape {tuple(reference.shape)}: expected {tuple(hidden.shape)}")
+    # The last token predicts one that is not there: it counts for the divergence only.
+    targets = torch.nn.functional.pad(ids.reshape(-1)[1:].to(hidden.device), (0, 1))
+    counted = torch.nn.functional.pad(torch.ones(len(targets) - 1, device=hidden.device), (0, 1))
+    sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
+    parts = (tensor.split(SLICE) for tensor in (reference, hidden, targets, counted))
+    for theirs, ours, target, weight in zip(*parts, strict=True):
+        expected, found = log_probs(model, theirs), log_probs(model, ours)
+        nll = [-(table.gather(1, target[:, None])[:, 0] * weight).sum() for table in (expected, found)]
+        sums += torch.stack([*nll, (expected.exp() * (expected - found)).sum()]).double()
+    first, second, divergence = sums.tolist()
+    return first / (len(targets) - 1), second / (len(targets) - 1), divergence / len(targets)
+
+
 def log_probs(model: Any, hidden: Tensor) -> Tensor:
     """Log-probabilities fp32 `[n, vocabulary]` of the next token, from hidden states `[n, C]`."""
     return logits(model, hidden).float().log_softmax(-1)

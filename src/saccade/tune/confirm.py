@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,11 @@ from saccade.tune.search import Assignment, Choices, evaluate, within
 MARGIN = 0.7
 """Share of the budget that the search aims at: held-out text may take a recipe worse than calibration text."""
 
-FIRST_SPEED = 0.6
+FIRST_SPEED = 0.5
 """Attention time of the first mixture tried, against dense."""
+
+BACK_OFF, BACK_OFFS = 0.3, 2
+"""If no mixture finds the pass keys: the part of the least damage tried that is tried next, and how often."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Trial:
         damage: Predicted damage.
         rise: Measured relative rise in perplexity.
         passkey: Pass keys found by it, by dense, and asked, as text; "" if not asked.
-        holds: Whether budget and pass keys hold.
+        holds: Whether the budget holds and, if asked, the pass keys.
     """
 
     seconds: float
@@ -97,28 +100,58 @@ class Search:
         self.measure = measure
         self.retrieve = retrieve
         self.trials: list[Trial] = []
+        self.assignments: list[Assignment] = []
         dense = torch.zeros(choices.damage.shape[:2], dtype=torch.int64)
         self.best = evaluate(choices, dense)
         self.kept: Trial | None = None
 
     def run(self, tries: int, step: Callable[[str], None]) -> Assignment:
-        """The fastest assignment that held; dense attention if none did."""
+        """Look for the fastest assignment within the budget, then make sure that it retrieves.
+
+        Args:
+            tries: Perplexities measured, at most.
+            step: Called with a note after each.
+
+        Returns:
+            The fastest assignment that held; dense attention if none did.
+        """
         target = self._first_target()
-        low, high = 0.0, math.inf  # damages known to hold, and known not to
         for _ in range(tries):
-            assignment = within(self.choices, target)
-            if assignment.damage <= 0 or any(abs(trial.damage - assignment.damage) < 1e-12 for trial in self.trials):
+            if not self._try(target, step):
                 break
-            trial = self._try(assignment)
-            step(f"perplexity {trial.rise:+.2%}, attention {trial.seconds:.1f} s")
-            if trial.holds:
-                low = max(low, assignment.damage)
-                if assignment.seconds < self.best.seconds:
-                    self.best, self.kept = assignment, trial
-            else:
-                high = min(high, assignment.damage)
-            target = self._next_target(trial, low, high)
+            target = self._next_target()
+        for _ in range(BACK_OFFS):
+            if self._settle(step) or not self._try(BACK_OFF * min(t.damage for t in self.trials), step):
+                break
+        else:
+            self._settle(step)
         return self.best
+
+    def _try(self, target: float, step: Callable[[str], None]) -> bool:
+        """Measure the fastest assignment within a predicted damage; False if that is dense or was tried."""
+        assignment = within(self.choices, target)
+        if assignment.damage <= 0 or any(abs(t.damage - assignment.damage) < 1e-12 for t in self.trials):
+            return False
+        rise = self.measure(assignment)
+        self.trials.append(Trial(assignment.seconds, assignment.damage, rise, "", rise <= MARGIN * self.budget))
+        self.assignments.append(assignment)
+        step(f"perplexity {rise:+.2%}, attention {assignment.seconds:.1f} s")
+        return True
+
+    def _settle(self, step: Callable[[str], None]) -> bool:
+        """Ask the trials within the budget for pass keys, fastest first, until one finds as many as dense."""
+        for place in sorted(range(len(self.trials)), key=lambda n: self.trials[n].seconds):
+            trial = self.trials[place]
+            if not trial.holds or trial.seconds >= self.best.seconds:
+                continue
+            found, dense, asked = self.retrieve(self.assignments[place])
+            trial = replace(trial, passkey=f"{found}/{asked}, dense {dense}/{asked}", holds=found >= dense)
+            self.trials[place] = trial
+            step(f"pass keys {trial.passkey}")
+            if trial.holds:
+                self.best, self.kept = self.assignments[place], trial
+                return True
+        return False
 
     def _first_target(self) -> float:
         """A damage at which attention takes about `FIRST_SPEED` of the dense time."""
@@ -132,27 +165,26 @@ class Search:
                 high = middle
         return high
 
-    def _try(self, assignment: Assignment) -> Trial:
-        rise = self.measure(assignment)
-        holds, passkey = rise <= MARGIN * self.budget, ""
-        if holds:
-            found, dense, asked = self.retrieve(assignment)
-            passkey = f"{found}/{asked}, dense {dense}/{asked}"
-            holds = found >= dense
-        trial = Trial(assignment.seconds, assignment.damage, rise, passkey, holds)
-        self.trials.append(trial)
-        return trial
-
-    def _next_target(self, trial: Trial, low: float, high: float) -> float:
-        """Perplexity rises about in proportion to damage; stay between what held and what did not."""
-        aim = 0.9 * MARGIN * self.budget
-        if trial.rise <= 0 or (not trial.holds and trial.rise <= MARGIN * self.budget):
-            guess = trial.damage * (0.4 if not trial.holds else 4.0)
+    def _next_target(self) -> float:
+        """Where a power law through the last two trials meets the aim, between what held and what did not."""
+        aim = 0.95 * MARGIN * self.budget
+        last = self.trials[-1]
+        low = max((t.damage for t in self.trials if t.holds), default=0.0)
+        high = min((t.damage for t in self.trials if not t.holds), default=math.inf)
+        if last.rise <= 0:
+            guess = 4 * last.damage
         else:
-            guess = trial.damage * min(max(aim / trial.rise, 0.05), 8.0)
+            guess = last.damage * min(max((aim / last.rise) ** (1 / self._slope()), 0.05), 8.0)
         if low < guess < high:
             return guess
-        return math.sqrt(low * high) if low > 0 and high < math.inf else guess / 2
+        return math.sqrt(low * high) if 0 < low < high < math.inf else guess / 2
+
+    def _slope(self) -> float:
+        """How the logarithm of the rise grows with that of the damage: 1 until two trials tell."""
+        known = [(math.log(t.damage), math.log(t.rise)) for t in self.trials[-2:] if t.rise > 0]
+        if len(known) < 2 or known[0][0] == known[1][0]:
+            return 1.0
+        return min(max((known[1][1] - known[0][1]) / (known[1][0] - known[0][0]), 0.4), 1.5)
 
 
 def rise_of(model: Any, recipe: Recipe, windows: Tensor, dense_nll: float) -> float:

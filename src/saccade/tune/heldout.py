@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.bench.measure import peak_bytes, synchronise
-from saccade.models.tasks import Passkey, passkey_results, token_kl, token_log_probs
+from saccade.models.tasks import Passkey, pair_score, passkey_results
 from saccade.plug import Recipe, apply, explain
 
 ARMS = ("dense", "tuned")
@@ -20,11 +20,12 @@ DECODE_TOKENS = 8
 
 @dataclass(frozen=True)
 class TimeSplit:
-    """Where the time of one prefill goes, in seconds."""
+    """Where the time of one prefill goes, in seconds, and its peak memory in bytes (None: cannot be measured)."""
 
     kernel: float
     select: float
     rest: float
+    peak_bytes: int | None
 
 
 class Runner:
@@ -70,35 +71,28 @@ class Runner:
     def split(self, ids: Tensor, name: str) -> TimeSplit:
         """The parts of one prefill; the dense arm runs through an all-dense recipe, which times its layers."""
         recipe = self.recipe if name == "tuned" else Recipe.uniform(self.model, "dense")
+        seconds: list[float] = []
         with apply(self.model, recipe):
-            _, _, total = self.prefill(ids)
+            peak = peak_bytes(lambda: seconds.append(self.prefill(ids)[2]), self.device)
             rows = [row for row in explain(self.model).rows if row.phase == "prefill" and row.ran]
         attention = sum({row.layer: row.seconds for row in rows}.values())
         select = sum(row.select_seconds for row in rows)
-        return TimeSplit(attention - select, select, total - attention)
+        return TimeSplit(attention - select, select, seconds[0] - attention, peak)
 
 
 def measure_window(runner: Runner, window: Tensor, number: int) -> dict[str, Any]:
-    """Both arms on one held-out window `[N]`: times, likelihood, divergence; in the first round also memory."""
+    """Both arms on one held-out window `[N]`, in an order that alternates: times, likelihood, divergence."""
     ids = window[None]
     row: dict[str, Any] = {"tokens": window.numel()}
-    reference: Tensor | None = None
-    order = ARMS if number % 2 == 0 else ARMS[::-1]
-    hidden_of: dict[str, Tensor] = {}
-    for name in order:
+    hidden: dict[str, Tensor] = {}
+    for name in ARMS if number % 2 == 0 else ARMS[::-1]:
         with runner.arm(name):
-            hidden, cache, seconds = runner.prefill(ids)
-            nll = -float(token_log_probs(runner.model, hidden, window).double().mean())
+            hidden[name], cache, seconds = runner.prefill(ids)
             decode = runner.decode(cache, ids[:, -1:].to(runner.device))
-        hidden_of[name] = hidden
-        row[name] = {"prefill": seconds, "decode": decode, "nll": nll, "kv_bytes": cache_bytes(cache)}
+        row[name] = {"prefill": seconds, "decode": decode, "kv_bytes": cache_bytes(cache)}
         del cache
-    reference = hidden_of["dense"]
-    row["kl"] = float(token_kl(runner.model, reference, hidden_of["tuned"]).double().mean())
-    if number == 0:
-        for name in ARMS:
-            with runner.arm(name):
-                row[name]["peak_bytes"] = peak_bytes(lambda: runner.prefill(ids), runner.device)
+    score = pair_score(runner.model, hidden["dense"], hidden["tuned"], window)
+    row["dense"]["nll"], row["tuned"]["nll"], row["kl"] = score
     return row
 
 

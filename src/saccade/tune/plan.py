@@ -11,6 +11,9 @@ from saccade.tune.candidates import Candidate
 SDPA_SHARE = 0.8
 """Speed of dense attention against a matrix product's, for the estimate."""
 
+SHORTEST_QUESTION = 256
+"""Tokens that a pass-key prompt has at least."""
+
 PART_OF_DENSE = 0.33
 """Time of an average candidate against dense attention, for the estimate."""
 
@@ -25,8 +28,7 @@ class Settings:
         seed: Of the pass keys.
         confirmations: Mixtures tried end to end, at most.
         rounds: Held-out windows measured.
-        lengths: Prompt lengths of the pass-key test.
-        depths: Places of the pass key.
+        questions: Pass keys to ask for: tokens of the prompt, and depth of the key in it.
     """
 
     context: int
@@ -34,8 +36,7 @@ class Settings:
     seed: int
     confirmations: int
     rounds: int
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...]
+    questions: tuple[tuple[int, float], ...]
 
     @classmethod
     def make(cls, context: int, budget: float, seed: int, *, quick: bool) -> Settings:
@@ -57,10 +58,12 @@ class Settings:
             raise ValueError(f"context={context}: expected at least 256 tokens")
         if not 0 < budget <= 1:
             raise ValueError(f"budget={budget}: expected a relative rise in perplexity in (0, 1], such as 0.01 for 1%")
-        if quick:
-            return cls(context, budget, seed, 2, 1, (context // 4, context // 2), (0.25, 0.75))
-        lengths = (context // 8, context // 4, context // 2, context)
-        return cls(context, budget, seed, 4, 3, tuple(n for n in lengths if n >= 256), (0.1, 0.5, 0.9))
+        lengths = [n for n in (context // 4, context // 2) if n >= SHORTEST_QUESTION]
+        depths = (0.25, 0.75) if quick else (0.1, 0.5, 0.9)
+        questions = tuple((n, depth) for n in lengths for depth in depths)
+        if not quick or not questions:
+            questions += ((context, 0.5),)  # one, since the longest prompts take longest
+        return cls(context, budget, seed, 2 if quick else 3, 1 if quick else 3, questions)
 
 
 @dataclass(frozen=True)
@@ -104,18 +107,12 @@ def make_plan(model: Any, settings: Settings, candidates: list[Candidate], left_
 
     total, attention = prefill(settings.context)
     head = 2 * embedding * settings.context / rate
-    keys = sum(prefill(length)[0] for length in settings.lengths) * len(settings.depths)
-    confirm_keys = sum(prefill(n)[0] for n in confirm_lengths(settings)) * len(settings.depths)
+    keys = sum(prefill(length)[0] for length, _ in settings.questions)
     seconds = {
         "score candidates per layer": total + attention * PART_OF_DENSE * len(candidates),
-        "search and confirm": (settings.confirmations + 1) * (total + head) + 2 * confirm_keys,
+        "search and confirm": (settings.confirmations + 1) * (total + head) + 2 * keys,
         "measure on held-out text": settings.rounds * (2 * total + 3 * head) + 2 * total,
         "pass keys": 2 * keys,
         "pictures and report": 1.2 * total,
     }
     return Plan(settings, tuple(candidates), left_out, {k: v / 60 for k, v in seconds.items()}, total)
-
-
-def confirm_lengths(settings: Settings) -> tuple[int, ...]:
-    """Prompt lengths of the pass-key test during the search: all but the longest, which costs most."""
-    return settings.lengths[:-1] if len(settings.lengths) > 1 else settings.lengths

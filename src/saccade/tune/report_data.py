@@ -99,7 +99,7 @@ def summarise(parts: ReportParts) -> dict[str, Any]:
         "perplexity": {arm: math.exp(nll[arm]) for arm in ARMS},
         "perplexity_rise": math.exp(nll["tuned"] - nll["dense"]) - 1,
         "kl": statistics.fmean(row["kl"] for row in parts.rounds),
-        "peak_bytes": {arm: parts.rounds[0][arm]["peak_bytes"] for arm in ARMS},
+        "peak_bytes": {arm: parts.splits[arm]["peak_bytes"] for arm in ARMS},
         "kv_bytes": {arm: parts.rounds[0][arm]["kv_bytes"] for arm in ARMS},
         "passkey": {arm: sum(parts.passkeys[arm]) for arm in ARMS},
         "passkeys_asked": len(parts.passkeys["dense"]),
@@ -108,14 +108,20 @@ def summarise(parts: ReportParts) -> dict[str, Any]:
 
 def passkey_table(parts: ReportParts) -> list[dict[str, Any]]:
     """Per length and depth, what each arm found."""
-    settings, rows = parts.plan.settings, []
-    for place, length in enumerate(settings.lengths):
+    asked = parts.plan.settings.questions
+    rows = []
+    for length in sorted({length for length, _ in asked}):
         cells = []
-        for column in range(len(settings.depths)):
-            at = place * len(settings.depths) + column
-            cells.append({"tries": 1} | {arm: int(parts.passkeys[arm][at]) for arm in ARMS})
+        for depth in _depths(parts):
+            places = [place for place, question in enumerate(asked) if question == (length, depth)]
+            found = {arm: sum(parts.passkeys[arm][place] for place in places) for arm in ARMS}
+            cells.append({"tries": len(places)} | found)
         rows.append({"tokens": length, "cells": cells})
     return rows
+
+
+def _depths(parts: ReportParts) -> list[float]:
+    return sorted({depth for _, depth in parts.plan.settings.questions})
 
 
 def targets(parts: ReportParts, summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -156,7 +162,7 @@ def heldout(parts: ReportParts, summary: dict[str, Any]) -> dict[str, Any]:
     if summary["peak_bytes"]["dense"] is None:
         notes += " Peak memory cannot be measured on this system."
     return {
-        "rounds": len(parts.rounds), "table": table, "notes": notes, "depths": list(parts.plan.settings.depths),
+        "rounds": len(parts.rounds), "table": table, "notes": notes, "depths": _depths(parts),
         "passkey": passkey_table(parts),
     }  # fmt: skip
 

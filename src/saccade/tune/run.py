@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from saccade.tune.confirm import Search, Trial, make_choices, make_recipe, rise_
 from saccade.tune.crossover import crossover_lengths
 from saccade.tune.heldout import ARMS, Runner, measure_passkeys, measure_window
 from saccade.tune.pictures import draw_examples, pick_heads
-from saccade.tune.plan import Plan, Settings, confirm_lengths, make_plan
+from saccade.tune.plan import Plan, Settings, make_plan
 from saccade.tune.progress import Progress
 from saccade.tune.report_data import ReportParts, report_data
 from saccade.tune.score import CandidateScore
@@ -187,22 +188,25 @@ class _Job:
                 self.progress.step(f"{len(rows) - 1} candidates in {layer}")
 
             if len(done) < len(layers):
-                prompt = self._keys((self.settings.context - 8,), (0.3,), self.texts.calibration)[0]
+                prompt = self._keys(((self.settings.context - 8, 0.4),), self.texts.calibration)[0]
                 calibration = Calibration.from_passkey(prompt, self.tokenizer)
                 score_model(self.model, calibration, list(self.plan.candidates), known, found)
         return {layer: known(layer) or [] for layer in layers}
 
-    def _keys(
-        self, lengths: tuple[int, ...], depths: tuple[float, ...], haystack: str, offset: int = 0
-    ) -> list[Passkey]:
-        return passkey_prompts(self.tokenizer, lengths, depths, self.settings.seed + offset, haystack)
+    def _keys(self, questions: Iterable[tuple[int, float]], haystack: str, offset: int = 0) -> list[Passkey]:
+        """A prompt for each (tokens, depth), each with a key and a piece of text of its own."""
+        first = self.settings.seed + offset
+        return [
+            passkey_prompts(self.tokenizer, (length,), (depth,), first + number, haystack)[0]
+            for number, (length, depth) in enumerate(questions)
+        ]
 
     def search(
         self, choices: Choices, candidates: list[Candidate], layers: list[str]
     ) -> tuple[Assignment, list[Trial], Trial | None]:
         """The fastest assignment that holds on calibration text, every one tried, and the one it is (None: dense)."""
         windows = text_windows(self.texts.calibration_ids, self.settings.context, 1)
-        prompts = self._keys(confirm_lengths(self.settings), self.settings.depths, self.texts.calibration, CONFIRM_SEED)
+        prompts = self._keys(self.settings.questions, self.texts.calibration, CONFIRM_SEED)
 
         def recipe_of(assignment: Assignment) -> Recipe:
             return make_recipe(self.model, layers, assignment, candidates, {})
@@ -265,16 +269,14 @@ class _Job:
                 times = " and ".join(f"{row[name]['prefill']:.1f} s {name}" for name in ARMS)
                 self.progress.step(f"round {number + 1}: prefill {times}")
         found: dict[str, list[bool]] = {name: [] for name in ARMS}
-        with self.progress.stage("pass keys", len(self.settings.lengths)):
-            for length in self.settings.lengths:
-                prompts = self._keys((length,), self.settings.depths, self.texts.heldout, length)
+        prompts = self._keys(self.settings.questions, self.texts.heldout)
+        with self.progress.stage("pass keys", len(prompts)):
+            for number, prompt in enumerate(prompts):
                 for name in ARMS:
-                    key = f"{length}{name}" + (recipe_key if name == "tuned" else "")
-                    found[name] += self._kept(
-                        "heldout keys", key,
-                        lambda p=prompts, n=name: measure_passkeys(runner, self.tokenizer, p, n),
-                    )  # fmt: skip
-                self.progress.step(f"{length:,} tokens")
+                    key = f"{number}{name}" + (recipe_key if name == "tuned" else "")
+                    ask = partial(measure_passkeys, runner, self.tokenizer, [prompt], name)
+                    found[name] += self._kept("heldout keys", key, ask)
+                self.progress.step(f"{prompt.length:,} tokens, depth {prompt.depth:.0%}")
         return rounds, splits, found
 
     def examples(self, recipe: Recipe) -> list[dict[str, Any]]:
