@@ -11,12 +11,11 @@ PATH = Path(__file__).parents[1] / "docs" / "mechanisms.md"
 def page() -> str:
     """The whole page."""
     done = sum(any(paper.title in card.papers for card in cards()) for paper in papers())
-    lines = [
-        "# Mechanisms",
-        "",
-        f"Made from the cards by `tools/make_docs.py`; {len(cards())} mechanisms from {done} of the {len(papers())} papers of the "
-        "catalogue. `saccade show NAME` has settings, picture and laws.",
-    ]
+    intro = (
+        f"Made from the cards by `tools/make_docs.py`; {len(cards())} mechanisms from {done} of the {len(papers())} "
+        "papers of the catalogue. `saccade show NAME` has settings, picture and laws."
+    )
+    lines = ["# Mechanisms", "", intro]
     for room in ROOMS:
         found = [card for card in cards() if card.room == room]
         if found:
@@ -30,7 +29,8 @@ def page() -> str:
 def row(card: Card) -> str:
     """A card as a table row."""
     cells = [
-        f"`{card.name}`", card.summary, ", ".join(sorted(card.patterns)) or "–", ", ".join(sorted(card.supports)) or "–",
+        f"`{card.name}`", card.summary,
+        ", ".join(sorted(card.patterns)) or "–", ", ".join(sorted(card.supports)) or "–",
         "yes" if card.training_free else "no", card.exact_when or "never", card.complexity or "–",
         "; ".join(card.papers + card.other_papers) + f" ({card.year})",
     ]  # fmt: skip
