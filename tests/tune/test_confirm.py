@@ -14,7 +14,7 @@ from saccade.tune.search import Choices, evaluate
 def ladder_choices(layers=6, heads=4):
     """Four steps: half the time each, three times the damage each."""
     candidates = [Candidate(DENSE)] + [Candidate("sink_window", {"window": n}) for n in (512, 256, 128, 64)]
-    seconds = torch.tensor([1.0, 0.5, 0.3, 0.2, 0.15], dtype=torch.float64).repeat(layers, 1)
+    seconds = torch.tensor([1.0, 0.5, 0.3, 0.2, 0.15], dtype=torch.float64).repeat(layers, heads, 1) / heads
     steps = torch.tensor([0.0, 1.0, 3.0, 9.0, 27.0], dtype=torch.float64)
     weight = torch.linspace(0.2, 2.0, layers * heads, dtype=torch.float64).view(layers, heads, 1)
     return Choices(candidates, seconds, 1e-3 * steps * weight)
@@ -26,7 +26,7 @@ def test_what_is_kept_held(slope):
     search = Search(choices, 0.01, lambda a: slope * a.damage, lambda a: (3, 3, 4))
     best = search.run(4, lambda note: None)
     assert slope * best.damage <= MARGIN * 0.01
-    assert best.seconds <= float(choices.seconds[:, 0].sum())
+    assert best.seconds <= float(choices.seconds[..., 0].sum())
     assert (search.kept is not None) == (best.damage > 0)
     if search.kept is not None:
         assert search.kept.holds
@@ -59,25 +59,31 @@ def test_nothing_holds_means_dense():
 
 def test_steady_candidates_get_their_median_time():
     def score(seconds, density):
-        return CandidateScore(seconds, 0.0, density, [0.0] * 2, [0.0] * 2)
+        return CandidateScore(seconds, 0.0, [density] * 2, [0.0] * 2, [0.0] * 2)
 
     rows = {f"layer{n}": [score(1.0, 1.0), score(s, 0.25), score(s, d)]
             for n, (s, d) in enumerate([(0.2, 0.1), (0.9, 0.6), (0.3, 0.2)])}  # fmt: skip
     candidates = [
-        Candidate(DENSE),
-        Candidate("sink_window", {"window": 8}),
-        Candidate("xattention", {"threshold": 0.9}),
-    ]
+        Candidate(DENSE), Candidate("sink_window", {"window": 8}), Candidate("xattention", {"threshold": 0.9}),
+    ]  # fmt: skip
     choices = make_choices(candidates, rows)
-    assert choices.seconds[:, 1].tolist() == [0.3, 0.3, 0.3]
-    assert choices.seconds[:, 2].tolist() == [0.2, 0.9, 0.3]
+    assert choices.seconds.sum(1)[:, 1].tolist() == pytest.approx([0.3, 0.3, 0.3])
+    assert choices.seconds.sum(1)[:, 2].tolist() == pytest.approx([0.2, 0.9, 0.3])
+
+
+def test_a_layers_time_is_shared_out_by_density():
+    adaptive = CandidateScore(0.5, 0.1, [0.6, 0.2], [0.0] * 2, [0.0] * 2)
+    rows = {"layer": [CandidateScore(1.0, 0.0, [1.0] * 2, [0.0] * 2, [0.0] * 2), adaptive]}
+    choices = make_choices([Candidate(DENSE), Candidate("xattention", {})], rows)
+    assert choices.seconds[0, :, 0].tolist() == pytest.approx([0.5, 0.5])
+    assert choices.seconds[0, :, 1].tolist() == pytest.approx([0.05 + 0.3, 0.05 + 0.1])
 
 
 def test_recipe_groups_heads(byte_model):
     model, _ = byte_model
     candidates = [Candidate(DENSE), Candidate("sink_window", {"window": 64})]
     damage = torch.zeros(2, 4, 2, dtype=torch.float64)
-    choices = Choices(candidates, torch.tensor([[1.0, 0.1]] * 2, dtype=torch.float64), damage)
+    choices = Choices(candidates, torch.tensor([1.0, 0.1], dtype=torch.float64).repeat(2, 4, 1), damage)
     assignment = evaluate(choices, torch.tensor([[0, 1, 0, 1], [1, 1, 1, 1]]))
     names = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     recipe = make_recipe(model, names, assignment, candidates, {}, {candidates[1].key: 512})

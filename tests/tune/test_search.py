@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from saccade.tune.candidates import DENSE, Candidate
-from saccade.tune.search import GROUP_SECONDS, Choices, assign, evaluate, frontier, within
+from saccade.tune.search import LARGEST_GROUPS, Choices, assign, evaluate, frontier, within
 
 pytestmark = pytest.mark.quick
 
 
 def make_choices(layers=2, heads=2, count=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    seconds = torch.rand(layers, count, generator=generator, dtype=torch.float64)
-    seconds[:, 0] = 0.9
+    seconds = torch.rand(layers, heads, count, generator=generator, dtype=torch.float64)
+    seconds[..., 0] = 0.9
     damage = torch.rand(layers, heads, count, generator=generator, dtype=torch.float64)
     damage[..., 0] = 0
     candidates = [Candidate(DENSE)] + [Candidate("sink_window", {"window": n}) for n in range(1, count)]
@@ -33,15 +33,16 @@ def total(choices, chosen, price):
 def test_assign_is_the_cheapest_of_all(seed, price):
     choices = make_choices(layers=1, heads=3, seed=seed)
     found = total(choices, assign(choices, price).chosen, price)
-    allowed = [c for c in range(4) if c == 0 or choices.seconds[0, c] + GROUP_SECONDS < choices.seconds[0, 0]]
-    best = min(total(choices, torch.tensor([chosen]), price) for chosen in product(allowed, repeat=3))
+    allowed = [[c for c in range(4) if c == 0 or head[c] < head[0]] for head in choices.seconds[0]]
+    every = [chosen for chosen in product(*allowed) if len(set(chosen)) <= LARGEST_GROUPS]
+    best = min(total(choices, torch.tensor([chosen]), price) for chosen in every)
     assert found == pytest.approx(best)
 
 
 def test_a_slower_candidate_is_never_taken_even_if_harmless():
     choices = make_choices()
     seconds = choices.seconds.clone()
-    seconds[:, 1:] = 1.0
+    seconds[..., 1:] = 1.0
     slow = Choices(choices.candidates, seconds, torch.zeros_like(choices.damage))
     assert assign(slow, 0.0).chosen.eq(0).all()
 
@@ -59,14 +60,14 @@ def test_within_keeps_the_damage(allowed):
     choices = make_choices(layers=3, heads=4)
     found = within(choices, allowed)
     assert found.damage <= allowed
-    assert found.seconds <= float(choices.seconds[:, 0].sum()) + 1e-9
+    assert found.seconds <= float(choices.seconds[..., 0].sum()) + 1e-9
 
 
 def test_choices_refuse_what_does_not_fit():
     good = make_choices()
-    with pytest.raises(ValueError, match=r"seconds of shape \(2, 3\): expected \(2, 4\)"):
-        Choices(good.candidates, good.seconds[:, :3], good.damage)
+    with pytest.raises(ValueError, match=r"seconds of shape \(2, 2, 3\): expected \(2, 2, 4\)"):
+        Choices(good.candidates, good.seconds[..., :3], good.damage)
     with pytest.raises(ValueError, match=r"candidates\[0\]=sink_window\(window=1\): expected dense"):
-        Choices(good.candidates[1:], good.seconds[:, 1:], good.damage[..., 1:])
+        Choices(good.candidates[1:], good.seconds[..., 1:], good.damage[..., 1:])
     with pytest.raises(ValueError, match="price=-1.0: expected at least 0"):
         assign(good, -1.0)

@@ -46,14 +46,32 @@ class Trial:
 
 
 def make_choices(candidates: list[Candidate], scores: dict[str, list[CandidateScore]]) -> Choices:
-    """Times and damages of all layers as tensors; a candidate of steady density gets its median time everywhere."""
+    """Times and damages of all heads as tensors.
+
+    A layer's time is shared out over its heads by how many pairs each computes. A candidate of steady density gets its
+    median time in all layers, which takes the noise of the clock out.
+
+    Args:
+        candidates: Dense attention first.
+        scores: For each layer, a score per candidate.
+
+    Returns:
+        The choices.
+    """
     rows = list(scores.values())
-    seconds = torch.tensor([[score.seconds for score in row] for row in rows], dtype=torch.float64)
-    density = torch.tensor([[score.density for score in row] for row in rows], dtype=torch.float64)
-    damage = torch.tensor([[score.damage for score in row] for row in rows], dtype=torch.float64)
-    steady = (density.amax(0) - density.amin(0)) <= 0.1 * density.amax(0)
+
+    def table(name: str) -> Tensor:
+        return torch.tensor([[getattr(score, name) for score in row] for row in rows], dtype=torch.float64)
+
+    seconds, select = table("seconds"), table("select_seconds")
+    density, damage = table("density").transpose(1, 2), table("damage").transpose(1, 2)
+    whole = density.mean(1)
+    steady = (whole.amax(0) - whole.amin(0)) <= 0.1 * whole.amax(0)
     seconds = torch.where(steady, seconds.median(0).values, seconds)
-    return Choices(candidates, seconds, damage.transpose(1, 2).contiguous())
+    heads = density.shape[1]
+    share = density / density.sum(1, keepdim=True).clamp(min=1e-12)
+    per_head = select[:, None] / heads + (seconds - select).clamp(min=0)[:, None] * share
+    return Choices(candidates, per_head, damage.contiguous())
 
 
 def make_recipe(

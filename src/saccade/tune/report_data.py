@@ -178,9 +178,10 @@ def layers(parts: ReportParts) -> list[dict[str, Any]]:
             candidate = Candidate(choice.mechanism, dict(choice.settings))
             number = by_key[candidate.key] if candidate.key in by_key else _find(parts, candidate)
             heads = [head for head, c in enumerate(chosen) if c == number]
+            density = statistics.fmean(scores[number].density[head] for head in heads)
             cells.append({
                 "heads": heads, "mechanism": candidate.mechanism, "label": parts.candidates[number].label,
-                "density": scores[number].density, "min_tokens": choice.min_tokens,
+                "density": density, "min_tokens": choice.min_tokens,
             })  # fmt: skip
         rows.append({"key": name, "choices": cells, "dense_seconds": scores[0].seconds})
     return rows
@@ -205,7 +206,7 @@ def candidate_rows(parts: ReportParts) -> list[dict[str, Any]]:
             "mechanism": candidate.mechanism, "settings": candidate.settings, "label": candidate.label,
             "seconds": sum(score.seconds for score in scores),
             "select_seconds": sum(score.select_seconds for score in scores),
-            "density": statistics.fmean(score.density for score in scores),
+            "density": statistics.fmean(density for score in scores for density in score.density),
             "error": statistics.fmean(error for score in scores for error in score.errors),
             "damage": sum(sum(score.damage) for score in scores),
             "heads_using": int((parts.assignment.chosen == number).sum()),
@@ -216,7 +217,7 @@ def candidate_rows(parts: ReportParts) -> list[dict[str, Any]]:
 def search(parts: ReportParts) -> dict[str, Any]:
     """Frontier and trials; `kept` is the mixture in the recipe."""
     return {
-        "dense_seconds": float(parts.choices.seconds[:, 0].sum()),
+        "dense_seconds": float(parts.choices.seconds[..., 0].sum()),
         "frontier": [{"seconds": a.seconds, "damage": a.damage} for a in frontier(parts.choices)],
         "confirmed": [
             {"seconds": trial.seconds, "damage": trial.damage, "rise": trial.rise, "passkey": trial.passkey,

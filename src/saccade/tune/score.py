@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from saccade.ops import attend, recording
+from saccade.ops import attend, block_attend, gather_attend
 from saccade.tune.candidates import DENSE, Candidate
-from saccade.types import Geometry
+from saccade.types import BlockLayout, Geometry, TokenIndex
+
+T = TypeVar("T")
 
 FOCUS_SHARE = 0.5
 """Weight of the answer to a retrieval question against all other tokens of the calibration text."""
@@ -23,14 +26,14 @@ class CandidateScore:
     Args:
         seconds: Time of the layer's attention, choosing included.
         select_seconds: Time of choosing what to compute.
-        density: Kept pairs over causal pairs.
+        density: Per head, kept pairs over causal pairs.
         errors: Per head, relative error of the attention output.
         damage: Per head, relative squared change of the residual stream.
     """
 
     seconds: float
     select_seconds: float
-    density: float
+    density: list[float]
     errors: list[float]
     damage: list[float]
 
@@ -69,44 +72,41 @@ class LayerInputs:
 
 def score_layer(inputs: LayerInputs, candidates: list[Candidate], repeats: int = 1) -> list[CandidateScore]:
     """Score dense attention (first) and every candidate; times are the least of `repeats`."""
-    geometry = Geometry(causal=True)
-    dense, dense_seconds, _, _ = _timed(lambda: attend(*_qkv(inputs), causal=True, scale=inputs.scale), repeats)
     heads = inputs.q.shape[1]
-    scores = [CandidateScore(dense_seconds, 0.0, 1.0, [0.0] * heads, [0.0] * heads)]
-    for candidate in candidates:
-        mechanism = candidate.build()
-        out, seconds, select, density = _timed(
-            lambda: mechanism(*_qkv(inputs), geometry=geometry, scale=inputs.scale),  # noqa: B023
-            repeats,
-        )
-        errors, damage = compare_outputs(out, dense, inputs)
-        scores.append(CandidateScore(seconds, select, density * _causal_share(inputs), errors, damage))
-    return scores
+    dense, seconds = _timed(lambda: attend(*_qkv(inputs), causal=True, scale=inputs.scale), repeats)
+    scores = [CandidateScore(seconds, 0.0, [1.0] * heads, [0.0] * heads, [0.0] * heads)]
+    return scores + [_score(inputs, candidate, dense, repeats) for candidate in candidates]
+
+
+def _score(inputs: LayerInputs, candidate: Candidate, dense: Tensor, repeats: int) -> CandidateScore:
+    mechanism, geometry = candidate.build(), Geometry(causal=True)
+    chosen, select = _timed(lambda: mechanism.pattern(inputs.q, inputs.k, geometry), repeats)
+    engine: Any = block_attend if isinstance(chosen, BlockLayout) else gather_attend
+    out, seconds = _timed(lambda: engine(*_qkv(inputs), chosen, scale=inputs.scale), repeats)
+    errors, damage = compare_outputs(out, dense, inputs)
+    return CandidateScore(select + seconds, select, _densities(chosen, inputs.q.shape[1]), errors, damage)
+
+
+def _densities(chosen: BlockLayout | TokenIndex, heads: int) -> list[float]:
+    """Kept pairs over causal pairs of every head, fp64."""
+    if isinstance(chosen, BlockLayout):
+        return chosen.density_per_head(causal=True).mean(0).expand(heads).tolist()
+    causal = BlockLayout.window(chosen.queries, chosen.keys, -1, 0).density()
+    return [chosen.density() / causal] * heads
 
 
 def _qkv(inputs: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
     return inputs.q, inputs.k, inputs.v
 
 
-def _causal_share(inputs: LayerInputs) -> float:
-    """All pairs over causal pairs."""
-    queries, keys = inputs.q.shape[2], inputs.k.shape[2]
-    return queries * keys / max(queries * (keys - queries) + queries * (queries + 1) // 2, 1)
-
-
-def _timed(run: Any, repeats: int) -> tuple[Tensor, float, float, float]:
-    """Output, least seconds, its selection seconds, and density of M x N."""
-    best, select, density = float("inf"), 0.0, 1.0
+def _timed(run: Callable[[], T], repeats: int) -> tuple[T, float]:
+    """What it gives, and the least seconds it took."""
+    best = float("inf")
     for _ in range(repeats):
-        with recording() as records:
-            started = time.perf_counter()
-            out = run()
-            seconds = time.perf_counter() - started
-        if seconds < best:
-            best, select = seconds, sum(record.select_seconds for record in records)
-        known = [record.density for record in records if record.density is not None]
-        density = known[0] if known else 1.0
-    return out, best, select, density
+        started = time.perf_counter()
+        result = run()
+        best = min(best, time.perf_counter() - started)
+    return result, best
 
 
 def compare_outputs(out: Tensor, dense: Tensor, inputs: LayerInputs) -> tuple[list[float], list[float]]:

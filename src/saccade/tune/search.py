@@ -25,7 +25,7 @@ class Choices:
 
     Args:
         candidates: Index 0 is dense attention.
-        seconds: fp64 `[layers, candidates]`, time of the whole layer's attention.
+        seconds: fp64 `[layers, heads, candidates]`, time of a head's attention.
         damage: fp64 `[layers, heads, candidates]`, relative damage to the residual stream; 0 for dense.
     """
 
@@ -36,12 +36,10 @@ class Choices:
     def __post_init__(self) -> None:
         if self.candidates[0].mechanism != DENSE:
             raise ValueError(f"candidates[0]={self.candidates[0].label}: expected dense attention")
-        layers, heads, count = self.damage.shape
-        if self.seconds.shape != (layers, count) or count != len(self.candidates):
-            raise ValueError(
-                f"seconds of shape {tuple(self.seconds.shape)}: expected {(layers, len(self.candidates))} "
-                f"for {heads} heads"
-            )
+        expected = (*self.damage.shape[:2], len(self.candidates))
+        for name, tensor in (("seconds", self.seconds), ("damage", self.damage)):
+            if tensor.shape != expected:
+                raise ValueError(f"{name} of shape {tuple(tensor.shape)}: expected {expected}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +75,9 @@ def assign(choices: Choices, price: float) -> Assignment:
     if not price >= 0:
         raise ValueError(f"price={price}: expected at least 0")
     layers, heads, count = choices.damage.shape
-    too_slow = choices.seconds + GROUP_SECONDS >= choices.seconds[:, :1]
-    too_slow[:, 0] = False
-    cost = choices.seconds[:, None] / heads + price * choices.damage
-    cost = cost.masked_fill(too_slow[:, None], torch.inf)
+    too_slow = choices.seconds >= choices.seconds[..., :1]
+    too_slow[..., 0] = False
+    cost = (choices.seconds + price * choices.damage).masked_fill(too_slow, torch.inf)
     groups = _groups(count)
     value, slot = cost[:, :, groups].min(-1)  # [layers, heads, groups]
     used = torch.stack([(slot == number).any(1) for number in range(LARGEST_GROUPS)]).sum(0)
@@ -102,16 +99,15 @@ def _groups(count: int) -> Tensor:
 
 def evaluate(choices: Choices, chosen: Tensor) -> Assignment:
     """Predicted time and damage of an assignment `[layers, heads]`."""
-    layers, heads = chosen.shape
-    seconds = choices.seconds.gather(1, chosen).sum() / heads
-    groups = sum(len(chosen[layer].unique()) - 1 for layer in range(layers))
+    seconds = choices.seconds.gather(2, chosen[..., None]).sum()
+    groups = sum(len(layer.unique()) - 1 for layer in chosen)
     damage = choices.damage.gather(2, chosen[..., None]).sum()
     return Assignment(chosen, float(seconds) + GROUP_SECONDS * groups, float(damage))
 
 
 def frontier(choices: Choices, points: int = 24) -> list[Assignment]:
     """Assignments from the fastest to all-dense, by rising price of damage; neighbours differ."""
-    scale = float(choices.seconds[:, 0].sum()) / max(float(choices.damage.sum(1).mean(1).sum()), 1e-12)
+    scale = float(choices.seconds[..., 0].sum()) / max(float(choices.damage.sum(1).mean(1).sum()), 1e-12)
     found: list[Assignment] = []
     for price in torch.logspace(-4, 4, points, dtype=torch.float64):
         assignment = assign(choices, scale * float(price))
@@ -123,7 +119,7 @@ def frontier(choices: Choices, points: int = 24) -> list[Assignment]:
 def within(choices: Choices, damage: float, steps: int = 40) -> Assignment:
     """The fastest assignment found whose predicted damage is at most `damage`, by bisecting the price."""
     low, high = -12.0, 12.0
-    scale = float(choices.seconds[:, 0].sum())
+    scale = float(choices.seconds[..., 0].sum())
     best = evaluate(choices, torch.zeros(choices.damage.shape[:2], dtype=torch.int64))
     for _ in range(steps):
         middle = (low + high) / 2
