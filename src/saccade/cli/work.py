@@ -119,7 +119,8 @@ def print_summary(report: dict[str, Any]) -> None:
     for row in report["heldout"]["table"]:
         table.add_row(row["name"], row["dense"], row["tuned"], row["ratio"])
     for row in report["heldout"]["passkey"]:
-        found = [f"{sum(cell[arm] for cell in row['cells'])}/{len(row['cells'])}" for arm in ("dense", "tuned")]
+        asked = sum(cell["tries"] for cell in row["cells"])
+        found = [f"{sum(cell[arm] for cell in row['cells'])}/{asked}" for arm in ("dense", "tuned")]
         table.add_row(f"pass keys at {row['tokens']:,} tokens", *found, "")
     console.print(table)
     for target in report["targets"]:

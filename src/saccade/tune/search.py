@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade.tune.candidates import DENSE, Candidate
 
-GROUP_SECONDS = 0.004
+GROUP_SECONDS = 0.01
 """Cost of running one more group of heads in a layer: gathers, planning and small calls."""
 
 LARGEST_GROUPS = 3
