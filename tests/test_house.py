@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import io
 import tokenize
 from collections.abc import Iterator
@@ -153,3 +154,13 @@ def test_every_oracle_belongs_to_a_mechanism():
 def test_mechanisms_of_catalogued_papers_and_rooms_are_all_there():
     assert sum(bool(card.papers) for card in cards()) >= 28
     assert {card.room for card in cards()} == set(ROOMS)
+
+
+def test_contributing_shows_the_shortest_mechanism():
+    """The example of CONTRIBUTING.md is what it says, and its formula is the one in the file."""
+    homes = {Path(inspect.getfile(card.target)): card for card in cards()}
+    shortest = min(homes, key=lambda path: len(text(path).splitlines()))
+    guide = text(Path(__file__).parents[1] / "CONTRIBUTING.md")
+    assert f"mechanisms/{homes[shortest].room}/{shortest.name}" in guide
+    formula = text(shortest).rpartition('"""')[2].strip()
+    assert all(line.strip() in guide for line in formula.splitlines())

@@ -94,7 +94,7 @@ def make_plan(model: Any, settings: Settings, candidates: list[Candidate], left_
     """Estimate the stages from the model's size and this machine's matrix-product speed."""
     config = model.config.get_text_config()
     device = str(model.device)
-    rate = gemm_gflops(device) * 1e9
+    rate = gemm_gflops(device, size=2048) * 1e9
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None)
     head_dim = config.hidden_size // heads if head_dim is None else head_dim
