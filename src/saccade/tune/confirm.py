@@ -16,7 +16,7 @@ from saccade.tune.candidates import Candidate
 from saccade.tune.score import CandidateScore
 from saccade.tune.search import Assignment, Choices, evaluate, within
 
-MARGIN = 0.7
+MARGIN = 0.9
 """Share of the budget that the search aims at: held-out text may take a recipe worse than calibration text."""
 
 FIRST_SPEED = 0.5

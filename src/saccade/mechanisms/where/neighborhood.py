@@ -57,7 +57,7 @@ class Axis(NamedTuple):
     example={"kernel_size": 5},
     exact=lambda n: {"kernel_size": 1.0},  # noqa: ARG005
     ladder=lambda n: tuple(
-        {"kernel_size": size, "block": min(64, max(n // 16, 1))} for size in (0.0625, 0.125, 0.25, 0.5)
+        {"kernel_size": size, "block": min(64, max(n // 16, 1))} for size in (0.03125, 0.0625, 0.125, 0.25)
     ),
 )
 @dataclass(frozen=True)
