@@ -155,7 +155,7 @@ def test_the_real_model_answers(smol: tuple[Any, Any]) -> None:
 @pytest.mark.weights
 @needs_weights
 def test_the_real_model_finds_a_pass_key(smol: tuple[Any, Any]) -> None:
-    from saccade.models.tasks import passkey_prompts, passkey_results
+    from saccade.models.passkey import passkey_prompts, passkey_results
 
     results = passkey_results(*smol, passkey_prompts(smol[1], [600], [0.5], seed=1))
     assert [result.found for result in results] == [True]

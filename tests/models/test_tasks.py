@@ -13,8 +13,6 @@ from saccade.models.tasks import (
     check_head,
     language_score,
     last_hidden_states,
-    passkey_prompts,
-    passkey_results,
     perplexity,
     text_windows,
     token_kl,
@@ -36,19 +34,6 @@ def tiny(family: str = "Llama", **changes: Any) -> Any:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
-
-
-class Characters:
-    """A tokenizer with one token per character."""
-
-    pad_token_id = 0
-    chat_template = None
-
-    def __call__(self, text: str, **_: Any) -> Any:
-        return type("Encoding", (), {"input_ids": [ord(letter) % 40 for letter in text]})
-
-    def decode(self, ids: Any, **_: Any) -> str:
-        return "".join(chr(48 + int(i) % 10) for i in ids)
 
 
 def test_windows_do_not_overlap_and_are_spread() -> None:
@@ -105,41 +90,6 @@ def test_a_model_with_other_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: torch.nn.Linear(16, 40))
     with pytest.raises(ValueError, match="LlamaForCausalLM: its logits are not its output layer's"):
         check_head(model)
-
-
-def test_passkey_prompts_are_deterministic_and_as_long_as_asked() -> None:
-    prompts = passkey_prompts(Characters(), [300, 400], [0.0, 0.5, 1.0], seed=3)
-    again = passkey_prompts(Characters(), [300, 400], [0.0, 0.5, 1.0], seed=3)
-    assert [prompt.ids.shape[1] for prompt in prompts] == [300] * 3 + [400] * 3
-    assert len({prompt.answer for prompt in prompts}) == 6
-    for one, two in zip(prompts, again, strict=True):
-        assert one.answer == two.answer
-        torch.testing.assert_close(one.ids, two.ids)
-    with pytest.raises(ValueError, match="depth=1.5: expected a number in"):
-        passkey_prompts(Characters(), [300], [1.5])
-    with pytest.raises(ValueError, match="length=20: too short for the question"):
-        passkey_prompts(Characters(), [20], [0.5])
-
-
-def test_the_number_is_found_where_the_depth_says() -> None:
-    tokenizer = Characters()
-    for prompt in passkey_prompts(tokenizer, [2000], [0.1, 0.9]):
-        needle = tokenizer(prompt.answer).input_ids
-        ids = prompt.ids[0].tolist()
-        places = [place for place in range(len(ids)) if ids[place : place + 5] == needle]
-        assert places
-        assert abs(places[0] / 2000 - prompt.depth) < 0.1
-
-
-def test_passkey_results_read_the_greedy_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = tiny(), Characters()
-    prompt = passkey_prompts(tokenizer, [300], [0.5])[0]
-    result = passkey_results(model, tokenizer, [prompt], new_tokens=3)[0]
-    assert len(result.reply) <= 3
-    assert not result.found
-    answer = torch.tensor([[ord(letter) % 10 for letter in prompt.answer]])
-    monkeypatch.setattr(type(model), "generate", lambda self, ids, **_: torch.cat([ids, (answer + 2) % 10], 1))
-    assert passkey_results(model, tokenizer, [prompt])[0].found
 
 
 def test_pair_score_is_both_scores_in_one_pass(byte_model):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.models.tasks import Passkey, last_hidden_states
+from saccade.models.passkey import Passkey
+from saccade.models.tasks import last_hidden_states
 from saccade.plug import Observation, watch
 from saccade.tune.candidates import Candidate
 from saccade.tune.score import CandidateScore, LayerInputs, score_layer

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from saccade.bench.measure import peak_bytes, synchronise
-from saccade.models.tasks import Passkey, pair_score, passkey_results
+from saccade.models.passkey import Passkey, passkey_results
+from saccade.models.tasks import pair_score
 from saccade.plug import Recipe, apply, explain
 
 ARMS = ("dense", "tuned")

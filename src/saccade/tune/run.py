@@ -10,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from saccade.models.tasks import Passkey, check_head, language_score, passkey_prompts, text_windows
+from saccade.models.passkey import Passkey, passkey_prompts
+from saccade.models.tasks import check_head, language_score, text_windows
 from saccade.plug import Recipe, attention_layers, fingerprint, patchable_layers
 from saccade.report import require_packages, write_report
 from saccade.tune.calibrate import Calibration, score_model
