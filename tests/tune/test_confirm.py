@@ -91,3 +91,13 @@ def test_recipe_groups_heads(byte_model):
     assert [(c.heads, c.mechanism) for c in first] == [((0, 2), "dense"), ((1, 3), "sink_window")]
     assert (second[0].heads, second[0].min_tokens) == ("all", 512)
     assert recipe.layers[names[0]].decode[0].mechanism == "dense"
+
+
+def test_where_nothing_is_faster_nothing_is_measured():
+    choices = ladder_choices()
+    slow = Choices(choices.candidates, torch.full_like(choices.seconds, 1.0), choices.damage)
+    search = Search(slow, 0.01, lambda a: pytest.fail("measured"), lambda a: pytest.fail("asked"))
+    best = search.run(3, lambda note: None)
+    assert best.chosen.eq(0).all()
+    assert search.trials == []
+    assert search.kept is None

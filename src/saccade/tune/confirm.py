@@ -139,7 +139,8 @@ class Search:
                 break
             target = self._next_target()
         for _ in range(BACK_OFFS):
-            if self._settle(step) or not self._try(BACK_OFF * min(t.damage for t in self.trials), step):
+            least = min((trial.damage for trial in self.trials), default=0.0)
+            if self._settle(step) or not self._try(BACK_OFF * least, step):
                 break
         else:
             self._settle(step)
