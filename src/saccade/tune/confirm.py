@@ -16,10 +16,10 @@ from saccade.tune.candidates import Candidate
 from saccade.tune.score import CandidateScore
 from saccade.tune.search import Assignment, Choices, evaluate, within
 
-MARGIN = 0.9
+MARGIN = 0.7
 """Share of the budget that the search aims at: held-out text may take a recipe worse than calibration text."""
 
-FIRST_SPEED = 0.5
+FIRST_SPEED = 0.57
 """Attention time of the first mixture tried, against dense."""
 
 BACK_OFF, BACK_OFFS = 0.3, 2
