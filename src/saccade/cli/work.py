@@ -77,7 +77,7 @@ def tune_command(
     budget: Annotated[float, typer.Option(help="Largest allowed relative rise in perplexity.")] = 0.01,
     device: str = "cpu",
     dtype: str = "float32",
-    quick: Annotated[bool, typer.Option("--quick", help="About a third of the time.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer candidates, rounds and pass keys.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be tried, and stop.")] = False,
     mechanism: Annotated[list[str] | None, typer.Option(help="Only these mechanisms.")] = None,
     seed: int = 0,

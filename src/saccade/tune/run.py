@@ -105,7 +105,7 @@ def tune(
         text: A UTF-8 file to calibrate and measure on (its last 40 % are held out); None means the built-in text.
         context: Tokens of a prompt.
         budget: Largest allowed relative rise in perplexity.
-        quick: Fewer candidates, rounds and pass keys: about a third of the time.
+        quick: Fewer candidates, rounds and pass keys.
         seed: Of the pass keys.
         mechanisms: Only these; None means all that apply.
         name: What the report calls the model.
