@@ -1,1 +1,1 @@
-"""Native kernels, reached only from the engines."""
+"""Native kernels, reached only through `saccade.ops`."""

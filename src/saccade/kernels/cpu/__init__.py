@@ -1,1 +1,10 @@
-"""The C++ CPU engine (none yet)."""
+"""The C++ engine for CPUs: a plain C interface over pointers, shapes and strides, called through ctypes.
+
+ctypes and not nanobind: the surface is a handful of functions that take one struct each, needs no headers of Python or
+PyTorch, and so one built file serves every version of both. Threads are PyTorch's own (see `library`).
+"""
+
+from saccade.kernels.cpu.attention import attention
+from saccade.kernels.cpu.library import INSTRUCTION_SETS, instruction_set, missing, use
+
+__all__ = ["INSTRUCTION_SETS", "attention", "instruction_set", "missing", "use"]

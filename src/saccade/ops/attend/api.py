@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from saccade.ops.attend import composite, flash, operator
+from saccade.ops.attend import composite, flash, native, operator
 from saccade.ops.attend.band import band, density
 from saccade.ops.attend.eager import Rules
 from saccade.ops.attend.reference import attention_mask, reference_attention
@@ -31,8 +32,8 @@ def _rules(call: Call) -> Rules:
     )  # fmt: skip
 
 
-def _run_sdpa(call: Call) -> tuple[Tensor, Tensor]:
-    return operator.run(call["q"], call["k"], call["v"], _rules(call), "sdpa")
+def _run_fused(impl: str, call: Call) -> tuple[Tensor, Tensor]:
+    return operator.run(call["q"], call["k"], call["v"], _rules(call), impl)
 
 
 def _run_eager(call: Call) -> tuple[Tensor, Tensor]:
@@ -59,7 +60,8 @@ def _reference_refuses(call: Call) -> str | None:
 
 
 IMPLEMENTATIONS = {
-    "sdpa": Implementation("sdpa", _run_sdpa, flash.refuses),
+    "cpu": Implementation("cpu", partial(_run_fused, "cpu"), native.refuses),
+    "sdpa": Implementation("sdpa", partial(_run_fused, "sdpa"), flash.refuses),
     "eager": Implementation("eager", _run_eager),
     "reference": Implementation("reference", _run_reference, _reference_refuses),
 }
@@ -139,7 +141,7 @@ def attend(
             keys 0 .. n - 1, none of those after them visible. Scores are finite, hidden ones 0.
         return_lse: Also return the log-sum-exp of the scores.
         workspace: Bytes that temporaries of size queries x keys may take (one query's at least).
-        impl: "auto", "sdpa" (PyTorch's fused kernel, CPU), "eager" or "reference".
+        impl: "auto", "cpu" (the C++ engine), "sdpa" (PyTorch's fused kernel, CPU), "eager" or "reference".
 
     Returns:
         `[B, H, M, E]` in q's dtype, or `AttentionOutput` with `return_lse`, whose `lse` is fp32 (fp64 for fp64).

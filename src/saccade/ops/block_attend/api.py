@@ -8,6 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from saccade.ops.block_attend.native import native_refuses
 from saccade.ops.block_attend.op import run_op
 from saccade.ops.block_attend.reference import reference_block_attend
 from saccade.ops.checks import check_qkv, resolve_scale
@@ -15,6 +16,7 @@ from saccade.ops.dispatch import Implementation, RunRecord, choose, is_recording
 from saccade.types import AttentionOutput, BlockLayout
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
+    "cpu": Implementation("cpu", partial(run_op, "cpu"), native_refuses),
     "eager": Implementation("eager", partial(run_op, "eager")),
     "reference": Implementation("reference", reference_block_attend),
 }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saccade.ops.block_attend.eager import eager_backward, eager_forward
+from saccade.ops.block_attend.native import native_forward
 from saccade.ops.checks import accumulation_dtype
 from saccade.types import BlockLayout
 
@@ -35,7 +36,10 @@ class Kernel:
     wide: bool = True
 
 
-KERNELS: dict[str, Kernel] = {"eager": Kernel(eager_forward, eager_backward)}
+KERNELS: dict[str, Kernel] = {
+    "cpu": Kernel(native_forward, eager_backward),
+    "eager": Kernel(eager_forward, eager_backward),
+}
 
 
 def _layout(q: Tensor, k: Tensor, *parts: Any) -> BlockLayout:

@@ -1,0 +1,3 @@
+// What ctypes sees.
+#pragma once
+#define EXPORT extern "C" __attribute__((visibility("default")))

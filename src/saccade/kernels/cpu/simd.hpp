@@ -1,0 +1,84 @@
+// Vectors of SACCADE_LANES floats, for whatever instruction set this file is compiled for. Only what needs a special
+// instruction is written with intrinsics; the compiler's vector extension does the rest. No header of the standard
+// library's templates may be used here: the linker would keep one copy of them, for the wrong instruction set.
+#pragma once
+#include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace saccade::SACCADE_ISA {
+
+constexpr int LANES = SACCADE_LANES;
+typedef float vf __attribute__((vector_size(4 * SACCADE_LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * SACCADE_LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * SACCADE_LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * SACCADE_LANES)));
+typedef float vf_any __attribute__((vector_size(4 * SACCADE_LANES), aligned(4), may_alias));
+typedef uint32_t vu_any __attribute__((vector_size(4 * SACCADE_LANES), aligned(4), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(2 * SACCADE_LANES), aligned(2), may_alias));
+
+constexpr float INF = __builtin_inff();
+
+INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
+INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
+INLINE vf splat(float x) { return x - vf{}; }
+INLINE vi splat(int32_t x) { return x - vi{}; }
+
+// 2^x to the last bit but one; 0 below -126, NaN stays NaN.
+INLINE vf exp2v(vf x) {
+  const vf low = splat(-150.0f), magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  vf y = x < low ? low : x;
+  vf shifted = y + magic;
+  vf f = y - (shifted - magic);
+  vf p = splat(1.546144746e-4f);  // minimax for (2^f - 1) / f on [-1/2, 1/2]: 5e-9
+  p = p * f + 1.339086735e-3f;
+  p = p * f + 9.618056670e-3f;
+  p = p * f + 5.550357104e-2f;
+  p = p * f + 2.402265092e-1f;
+  p = p * f + 6.931471880e-1f;
+  p = p * f + 1.0f;
+  vf scaled = (vf)((vi)p + ((vi)shifted << 23));
+  return x < -126.0f ? vf{} : scaled;
+}
+
+INLINE vf widen_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+
+// fp16 to fp32, subnormals, infinities and NaN included.
+INLINE vf widen_fp16(vh x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_cvtph_ps(0xffff, (__m256i)x);
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps((__m128i)x);
+#else
+  vu h = __builtin_convertvector(x, vu);
+  vu sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
+  vf value = (vf)rest * 0x1p112f;  // moves the exponent's bias; exact, also for subnormals
+  vu bits = (vu)value;
+  bits = (h & 0x7c00u) == 0x7c00u ? (rest | 0x7f800000u) : bits;
+  return (vf)(bits | sign);
+#endif
+}
+
+// acc + (pairs of bf16) . (pairs of bf16), in fp32.
+#if defined(__AVX512BF16__)
+constexpr bool HAS_BF16_DOT = true;
+INLINE vf dot_bf16(vf acc, vu a, vu b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+#else
+constexpr bool HAS_BF16_DOT = false;
+INLINE vf dot_bf16(vf acc, vu a, vu b) {
+  return acc + (vf)(a << 16) * (vf)(b << 16) + (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u);
+}
+#endif
+
+// Two rows of floats rounded to bf16 and interleaved: lane i holds (even[i], odd[i]).
+INLINE vu pair_bf16(vf even, vf odd) {
+  vu e = (vu)even, o = (vu)odd;
+  e += 0x7fffu + ((e >> 16) & 1u);
+  o += 0x7fffu + ((o >> 16) & 1u);
+  return (e >> 16) | (o & 0xffff0000u);
+}
+
+}  // namespace saccade::SACCADE_ISA
