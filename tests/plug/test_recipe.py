@@ -79,7 +79,11 @@ def test_lists_in_settings_become_tuples() -> None:
         (with_choice(heads=[False]), r"heads=\[False\]: expected"),
         (with_choice(heads=[-1]), r"heads=\[-1\]: expected"),
         (with_choice(mechanism=""), "mechanism='': expected the name of a mechanism or 'dense'"),
-        (with_choice(settings={"window": 1}), r"settings={'window': 1}: dense attention has none"),
+        (
+            with_choice(settings={"window": 1}),
+            r"settings={'window': 1}: dense attention has one, 'engine': 'model' or 'saccade'",
+        ),
+        (with_choice(settings={"engine": "x"}), r"settings={'engine': 'x'}: dense attention has one, 'engine'"),
         (with_choice(settings=None), "settings=None: expected an object"),
         (changed(about={"x": 1}).replace("1}", "NaN}"), "recipe holds NaN: expected finite numbers"),
         (changed(about={"x": 1}).replace('"x": 1', '"x": 1e999'), "recipe holds 1e999: expected finite numbers"),

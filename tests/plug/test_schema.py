@@ -35,6 +35,8 @@ CHANGES = {
     "negative length": lambda t: first(t).update(min_tokens=-1),
     "unknown choice key": lambda t: first(t).update(extra=1),
     "settings of a list": lambda t: first(t).update(settings=[]),
+    "dense settings": lambda t: first(t).update(mechanism="dense"),
+    "dense engine": lambda t: first(t).update(mechanism="dense", settings={"engine": "other"}),
     "no choices": lambda t: next(iter(t["layers"].values())).update(prefill=[]),
     "a phase missing": lambda t: next(iter(t["layers"].values())).pop("decode"),
     "about of a list": lambda t: t.update(about={"x": []}),

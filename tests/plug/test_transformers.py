@@ -75,7 +75,7 @@ def test_narrow_window_changes_the_output_and_matches_a_masked_model(tiny: Build
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("mechanism", [("dense", {}), ("sink_window", NARROW)])
+@pytest.mark.parametrize("mechanism", [("dense", {}), ("dense", {"engine": "saccade"}), ("sink_window", NARROW)])
 def test_padded_batch_equals_one_by_one(tiny: Build, ids: Tensor, side: str, mechanism: tuple[str, Any]) -> None:
     model, name, settings = tiny(), *mechanism
     short = 27
@@ -100,6 +100,17 @@ def test_padded_batch_equals_one_by_one(tiny: Build, ids: Tensor, side: str, mec
     torch.testing.assert_close(together[1, real], alone, rtol=0, atol=1e-6)
 
 
+def test_dense_attention_on_saccades_engine(tiny: Build, ids: Tensor) -> None:
+    model = tiny()
+    before = logits(model, input_ids=ids)
+    with apply(model, Recipe.uniform(model, "dense", {"engine": "saccade"}), strict=True):
+        torch.testing.assert_close(logits(model, input_ids=ids), before, rtol=0, atol=1e-5)
+        rows = explain(model).rows
+    assert all(row.engine.startswith("attend:") for row in rows if row.ran)
+    with apply(model, Recipe.uniform(model, "dense"), strict=True):
+        assert torch.equal(logits(model, input_ids=ids), before)
+
+
 def test_no_quadratic_mask_is_built_for_layers_with_a_mechanism(
     tiny: Build, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +132,13 @@ def test_no_quadratic_mask_is_built_for_layers_with_a_mechanism(
 def test_packed_positions_equal_separate_sequences(tiny: Build, ids: Tensor) -> None:
     model = tiny()
     positions = torch.cat([torch.arange(25), torch.arange(15)])[None].expand(2, 40)
-    for name, settings in (("dense", {}), ("sink_window", {**NARROW, "sinks": 0}), ("sink_window", WIDE)):
+    engine = {"engine": "saccade"}
+    for name, settings in (
+        ("dense", {}),
+        ("dense", engine),
+        ("sink_window", {**NARROW, "sinks": 0}),
+        ("sink_window", WIDE),
+    ):
         with apply(model, Recipe.uniform(model, name, settings), strict=True):
             packed = logits(model, input_ids=ids, position_ids=positions, use_cache=False)
             parts = [logits(model, input_ids=ids[:, :25]), logits(model, input_ids=ids[:, 25:])]

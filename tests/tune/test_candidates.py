@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from saccade.catalog import cards
-from saccade.tune.candidates import Candidate, find_candidates
+from saccade.kernels import cpu
+from saccade.tune.candidates import Candidate, dense_candidate, find_candidates
 from saccade.types import Kind
 
 
@@ -41,3 +42,8 @@ def test_errors_name_the_mechanism():
 def test_label_shows_the_settings():
     assert Candidate("dense").label == "dense"
     assert Candidate("sink_window", {"window": 4, "sinks": 1}).label == "sink_window(window=4, sinks=1)"
+
+
+def test_dense_attention_is_on_the_engine_that_has_a_kernel_of_its_own():
+    expected = {} if cpu.missing() else {"engine": "saccade"}
+    assert dense_candidate("cpu") == Candidate("dense", expected)

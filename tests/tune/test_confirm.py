@@ -23,7 +23,7 @@ def ladder_choices(layers=6, heads=4):
 @pytest.mark.parametrize("slope", [0.02, 0.2, 2.0])
 def test_what_is_kept_held(slope):
     choices = ladder_choices()
-    search = Search(choices, 0.01, lambda a: slope * a.damage, lambda a: (3, 3, 4))
+    search = Search(choices, 0.01, lambda a: slope * a.damage, lambda a: {64: (3, 3, 4)})
     best = search.run(4, lambda note: None)
     assert slope * best.damage <= MARGIN * 0.01
     assert best.seconds <= float(choices.seconds[..., 0].sum())
@@ -36,7 +36,7 @@ def test_what_is_kept_held(slope):
 def test_more_tries_do_not_make_it_slower():
     choices = ladder_choices()
     few, many = (
-        Search(choices, 0.01, lambda a: 0.5 * a.damage, lambda a: (3, 3, 4)).run(tries, lambda note: None)
+        Search(choices, 0.01, lambda a: 0.5 * a.damage, lambda a: {64: (3, 3, 4)}).run(tries, lambda note: None)
         for tries in (1, 5)
     )
     assert many.seconds <= few.seconds
@@ -44,14 +44,18 @@ def test_more_tries_do_not_make_it_slower():
 
 def test_lost_pass_keys_make_it_back_off():
     choices = ladder_choices()
-    search = Search(choices, 0.5, lambda a: 0.01 * a.damage, lambda a: (2 if a.damage > 0.02 else 3, 3, 4))
+
+    def retrieve(assignment):  # one more than dense at 32 tokens does not make up for one fewer at 64
+        return {32: (4, 3, 4), 64: (2 if assignment.damage > 0.02 else 3, 3, 4)}
+
+    search = Search(choices, 0.5, lambda a: 0.01 * a.damage, retrieve)
     best = search.run(6, lambda note: None)
     assert best.damage <= 0.02
-    assert any("2/4, dense 3/4" in trial.passkey for trial in search.trials if not trial.holds)
+    assert any("6/8, dense 6/8" in trial.passkey for trial in search.trials if not trial.holds)
 
 
 def test_nothing_holds_means_dense():
-    search = Search(ladder_choices(), 1e-9, lambda a: 1.0, lambda a: (0, 1, 1))
+    search = Search(ladder_choices(), 1e-9, lambda a: 1.0, lambda a: {64: (0, 1, 1)})
     best = search.run(3, lambda note: None)
     assert best.damage == 0
     assert best.chosen.eq(0).all()

@@ -29,7 +29,10 @@ from saccade.plug.strict_json import MAX_BYTES, RecipeError, expect_keys, expect
 
 VERSION = 1
 DENSE = "dense"
-"""Name of the choice that leaves attention as the model had it."""
+"""Name of the choice that computes every pair: as the model had it, or on Saccade's engine (see `ENGINES`)."""
+
+ENGINES = ("model", "saccade")
+"""What may run dense attention, its one setting `engine`. The model's own is the default and equal to the bit."""
 
 PHASES = ("prefill", "decode")
 
@@ -248,8 +251,9 @@ def _choice(value: Any, where: str) -> Choice:
     if not isinstance(mechanism, str) or not mechanism:
         raise RecipeError(f"{where}.mechanism={shown(mechanism)}: expected the name of a mechanism or {DENSE!r}")
     settings = expect_object(tree["settings"], f"{where}.settings")
-    if mechanism == DENSE and settings:
-        raise RecipeError(f"{where}.settings={shown(settings)}: dense attention has none")
+    if mechanism == DENSE and (set(settings) - {"engine"} or settings.get("engine", ENGINES[0]) not in ENGINES):
+        expected = " or ".join(map(repr, ENGINES))
+        raise RecipeError(f"{where}.settings={shown(settings)}: dense attention has one, 'engine': {expected}")
     if type(min_tokens) is not int or min_tokens < 0:
         raise RecipeError(f"{where}.min_tokens={shown(min_tokens)}: expected a count of at least 0")
     return Choice(heads, mechanism, settings, min_tokens)

@@ -13,7 +13,7 @@ from saccade.mechanisms.base import Kind, Selector, require_pattern
 from saccade.ops import RunRecord, attend, block_attend, gather_attend, recording
 from saccade.ops.dispatch import record
 from saccade.plug.masks import Reading
-from saccade.plug.recipe import DENSE, Choice
+from saccade.plug.recipe import DENSE, ENGINES, Choice
 from saccade.plug.strict_json import RecipeError
 from saccade.types import BlockLayout
 
@@ -53,6 +53,12 @@ class Route:
     heads: tuple[int, ...] | None = None
     kv_heads: tuple[int, ...] | None = None
     rule: str | None = None
+
+    @property
+    def as_before(self) -> bool:
+        """Whether the model's former attention may run it: dense attention that was not asked of Saccade's engine."""
+        asked = self.choice.mechanism == DENSE and self.choice.settings.get("engine", ENGINES[0]) != ENGINES[0]
+        return self.mechanism is None and not asked
 
     def at(self, keys: int) -> Route:
         """The route of a call with so many keys: dense below the choice's `min_tokens`."""

@@ -193,11 +193,11 @@ def _run(
 ) -> tuple[Tensor, Tensor | None, list[HeadsReport]]:  # fmt: skip
     """The layer's attention, and what each group of heads did."""
     routes = tuple(route.at(key.shape[2]) for route in routes)
-    if all(route.mechanism is None for route in routes):
+    if all(route.as_before for route in routes):
         return *_former(state, module, query, key, value, mask, kwargs), [route.report() for route in routes]
     extras = Extras(kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
     reading, reason = _read(module, query, key, mask, kwargs)
-    if reading is not None and len(routes) == 1:
+    if reading is not None and len(routes) == 1 and routes[0].mechanism is not None:
         reason = refusal(routes[0].mechanism, query, key[:, :, : reading.keys], reading, extras)
     if reading is None or reason is not None:
         reports = [route.report(reason) for route in routes]

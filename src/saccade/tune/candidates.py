@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from saccade.catalog import cards, get
-from saccade.types import Kind, Pattern
+import torch
 
-DENSE = "dense"
+from saccade.catalog import cards, get
+from saccade.ops import attend, recording
+from saccade.plug.recipe import DENSE
+from saccade.types import Kind, Pattern
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,14 @@ class Candidate:
         if self.mechanism == DENSE:
             raise ValueError("mechanism='dense': expected a registered mechanism to build")
         return get(self.mechanism).build(**self.settings)
+
+
+def dense_candidate(device: str) -> Candidate:
+    """Dense attention on Saccade's engine if that has a kernel of its own for it, else as the model has it."""
+    x = torch.zeros(1, 1, 64, 16, device=device)
+    with recording() as records:
+        attend(x, x, x, causal=True)
+    return Candidate(DENSE, {"engine": "saccade"} if records[0].impl == "cpu" else {})
 
 
 def find_candidates(context: int, names: Iterable[str] | None = None) -> tuple[list[Candidate], dict[str, str]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade.models.tasks import language_score
 from saccade.plug import Choice, LayerRecipe, Recipe, apply, fingerprint
-from saccade.tune.candidates import Candidate
+from saccade.tune.candidates import DENSE, Candidate
 from saccade.tune.score import CandidateScore
 from saccade.tune.search import Assignment, Choices, evaluate, within
 
@@ -78,8 +78,8 @@ def make_recipe(
     model: Any, layers: list[str], assignment: Assignment, candidates: list[Candidate], about: dict[str, Any],
     min_tokens: dict[str, int] | None = None,
 ) -> Recipe:  # fmt: skip
-    """The recipe of an assignment; decoding stays dense."""
-    decode = (Choice("all", "dense"),)
+    """The recipe of an assignment; decoding stays dense, on the engine of the first candidate, dense attention."""
+    decode = (Choice("all", DENSE, candidates[0].settings),)
     recipes = {}
     for layer, chosen in zip(layers, assignment.chosen.tolist(), strict=True):
         groups = {number: tuple(h for h, c in enumerate(chosen) if c == number) for number in sorted(set(chosen))}
@@ -103,7 +103,7 @@ class Search:
         choices: Times and damages.
         budget: Largest allowed relative rise in perplexity.
         measure: Perplexity rise of an assignment, measured.
-        retrieve: Pass keys (found by it, found by dense, asked).
+        retrieve: For each length asked, pass keys (found by it, found by dense, asked).
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Search:
         choices: Choices,
         budget: float,
         measure: Callable[[Assignment], float],
-        retrieve: Callable[[Assignment], tuple[int, int, int]],
+        retrieve: Callable[[Assignment], dict[int, tuple[int, int, int]]],
     ) -> None:
         self.choices = choices
         self.budget = budget
@@ -158,13 +158,15 @@ class Search:
         return True
 
     def _settle(self, step: Callable[[str], None]) -> bool:
-        """Ask the trials within the budget for pass keys, fastest first, until one finds as many as dense."""
+        """Ask trials within the budget for pass keys, fastest first, until one finds as many as dense at each length."""
         for place in sorted(range(len(self.trials)), key=lambda n: self.trials[n].seconds):
             trial = self.trials[place]
             if not trial.holds or trial.seconds >= self.best.seconds:
                 continue
-            found, dense, asked = self.retrieve(self.assignments[place])
-            trial = replace(trial, passkey=f"{found}/{asked}, dense {dense}/{asked}", holds=found >= dense)
+            counts = self.retrieve(self.assignments[place])
+            found, dense, asked = (sum(count[i] for count in counts.values()) for i in range(3))
+            holds = all(mine >= theirs for mine, theirs, _ in counts.values())
+            trial = replace(trial, passkey=f"{found}/{asked}, dense {dense}/{asked}", holds=holds)
             self.trials[place] = trial
             step(f"pass keys {trial.passkey}")
             if trial.holds:

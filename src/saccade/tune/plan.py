@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from saccade.bench.measure import gemm_gflops
+import torch
+
+from saccade.bench.measure import gemm_gflops, interleaved
+from saccade.ops import attend
 from saccade.tune.candidates import Candidate
 
-SDPA_SHARE = 0.8
-"""Speed of dense attention against a matrix product's, for the estimate."""
+LINEAR_SHARE = 0.8
+"""Speed of the model's other layers against a large matrix product's, for the estimate."""
+
+TIMED_TOKENS = 2048
+"""Tokens of the attention that is timed for the estimate."""
 
 SHORTEST_QUESTION = 256
 """Tokens that a pass-key prompt has at least."""
@@ -28,7 +34,8 @@ class Settings:
         seed: Of the pass keys.
         confirmations: Mixtures tried end to end, at most.
         rounds: Held-out windows measured.
-        questions: Pass keys to ask for: tokens of the prompt, and depth of the key in it.
+        questions: Pass keys to ask for on held-out text: tokens of the prompt, and depth of the key in it.
+        trial_questions: The same for the mixtures tried in the search, on calibration text.
     """
 
     context: int
@@ -37,6 +44,7 @@ class Settings:
     confirmations: int
     rounds: int
     questions: tuple[tuple[int, float], ...]
+    trial_questions: tuple[tuple[int, float], ...]
 
     @classmethod
     def make(cls, context: int, budget: float, seed: int, *, quick: bool) -> Settings:
@@ -61,9 +69,14 @@ class Settings:
         lengths = [n for n in (context // 4, context // 2) if n >= SHORTEST_QUESTION]
         depths = (0.25, 0.75) if quick else (0.1, 0.5, 0.9)
         questions = tuple((n, depth) for n in lengths for depth in depths)
-        if not quick or not questions:
-            questions += ((context, 0.5),)  # one, since the longest prompts take longest
-        return cls(context, budget, seed, 2 if quick else 3, 1 if quick else 3, questions)
+        # The longest prompts take longest, but a key is lost there first: the search asks for more of them.
+        at_context = () if quick and questions else (0.25, 0.75)
+        trials = (0.5,) if quick else (0.1, 0.4, 0.6, 0.9)
+        return cls(
+            context, budget, seed, 2 if quick else 3, 1 if quick else 3,
+            questions + tuple((context, depth) for depth in at_context),
+            questions + tuple((context, depth) for depth in trials),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,28 +104,50 @@ class Plan:
 
 
 def make_plan(model: Any, settings: Settings, candidates: list[Candidate], left_out: dict[str, str]) -> Plan:
-    """Estimate the stages from the model's size and this machine's matrix-product speed."""
+    """Estimate the stages from the model's size and this machine's speed in matrix products and attention."""
     config = model.config.get_text_config()
     device = str(model.device)
     rate = gemm_gflops(device, size=2048) * 1e9
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None)
-    head_dim = config.hidden_size // heads if head_dim is None else head_dim
     embedding = config.vocab_size * config.hidden_size
     dense_layers = sum(p.numel() for p in model.parameters()) - embedding
+    pairs = {name: config.num_hidden_layers * seconds for name, seconds in _seconds_per_pair(model, settings).items()}
 
-    def prefill(n: int) -> tuple[float, float]:
-        attention = 2 * head_dim * heads * n * n * layers / (SDPA_SHARE * rate)
-        return 2 * dense_layers * n / (SDPA_SHARE * rate) + attention, attention
+    def prefill(n: int, engine: str) -> float:
+        return 2 * dense_layers * n / (LINEAR_SHARE * rate) + pairs[engine] * n * n
 
-    total, attention = prefill(settings.context)
+    dense, tuned = prefill(settings.context, "model"), prefill(settings.context, "saccade")
+    attention = pairs["saccade"] * settings.context**2
     head = 2 * embedding * settings.context / rate
-    keys = sum(prefill(length)[0] for length, _ in settings.questions)
+    trial_keys = sum(prefill(length, "saccade") for length, _ in settings.trial_questions)
+    keys = sum(prefill(length, engine) for length, _ in settings.questions for engine in pairs)
     seconds = {
-        "score candidates per layer": total + attention * PART_OF_DENSE * len(candidates),
-        "search and confirm": (settings.confirmations + 1) * (total + head) + 2 * keys,
-        "measure on held-out text": settings.rounds * (2 * total + 3 * head) + 2 * total,
-        "pass keys": 2 * keys,
-        "pictures and report": 1.2 * total,
+        "score candidates per layer": dense + attention * PART_OF_DENSE * len(candidates),
+        "search and confirm": dense
+        + settings.confirmations * tuned
+        + (settings.confirmations + 1) * head
+        + 2 * trial_keys,
+        "measure on held-out text": (settings.rounds + 1) * (dense + tuned) + settings.rounds * 3 * head,
+        "pass keys": keys,
+        "pictures and report": 1.2 * dense,
     }
-    return Plan(settings, tuple(candidates), left_out, {k: v / 60 for k, v in seconds.items()}, total)
+    return Plan(settings, tuple(candidates), left_out, {k: v / 60 for k, v in seconds.items()}, dense)
+
+
+def _seconds_per_pair(model: Any, settings: Settings) -> dict[str, float]:
+    """Time of causal attention per pair of tokens and layer, as the model runs it and on Saccade's engine."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    tokens = min(settings.context, TIMED_TOKENS)
+    q, k, v = (
+        torch.randn(1, count, tokens, head_dim, device=model.device, dtype=model.dtype)
+        for count in (heads, kv_heads, kv_heads)
+    )
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    calls = {
+        "model": lambda: sdpa(q, k, v, is_causal=True, enable_gqa=True),
+        "saccade": lambda: attend(q, k, v, causal=True),
+    }
+    times = interleaved(calls, 3, device=str(model.device))
+    return {name: min(seconds) / tokens**2 for name, seconds in times.items()}

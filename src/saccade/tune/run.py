@@ -15,7 +15,7 @@ from saccade.models.tasks import check_head, language_score, text_windows
 from saccade.plug import Recipe, attention_layers, fingerprint, patchable_layers
 from saccade.report import require_packages, write_report
 from saccade.tune.calibrate import Calibration, score_model
-from saccade.tune.candidates import DENSE, Candidate, every_other, find_candidates
+from saccade.tune.candidates import DENSE, Candidate, dense_candidate, every_other, find_candidates
 from saccade.tune.confirm import Search, Trial, make_choices, make_recipe, rise_of
 from saccade.tune.crossover import crossover_lengths
 from saccade.tune.heldout import ARMS, Runner, measure_passkeys, measure_window
@@ -28,8 +28,8 @@ from saccade.tune.search import Assignment, Choices
 from saccade.tune.state import RunState
 from saccade.tune.texts import Texts, load_texts
 
-CONFIRM_SEED = 1000
-"""Added to the seed for the pass keys of the search, so that the held-out ones are others."""
+CONFIRM_SEED, HELDOUT_SEED = 1000, 2000
+"""Added to the seed for the pass keys of the search and for the held-out ones: no key or text is asked for twice."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def tune(
         progress.say(f"continuing the run in {out}")
     job = _Job(model, tokenizer, texts, plan, state, progress)
     scores = job.score()
-    candidates = [Candidate(DENSE), *plan.candidates]
+    candidates = [dense_candidate(str(model.device)), *plan.candidates]
     choices = make_choices(candidates, scores)
     assignment, trials, kept = job.search(choices, candidates, list(scores))
     crossings = job.crossovers(assignment, candidates)
@@ -207,7 +207,8 @@ class _Job:
     ) -> tuple[Assignment, list[Trial], Trial | None]:
         """The fastest assignment that holds on calibration text, every one tried, and the one it is (None: dense)."""
         windows = text_windows(self.texts.calibration_ids, self.settings.context, 1)
-        prompts = self._keys(self.settings.questions, self.texts.calibration, CONFIRM_SEED)
+        prompts = self._keys(self.settings.trial_questions, self.texts.calibration, CONFIRM_SEED)
+        exact = Recipe.uniform(self.model, DENSE, candidates[0].settings)
 
         def recipe_of(assignment: Assignment) -> Recipe:
             return make_recipe(self.model, layers, assignment, candidates, {})
@@ -217,13 +218,17 @@ class _Job:
                 "rise", _name(assignment), lambda: rise_of(self.model, recipe_of(assignment), windows, nll)
             )
 
-        def retrieve(assignment: Assignment) -> tuple[int, int, int]:
-            runner = Runner(self.model, recipe_of(assignment))
-            dense = self._kept("keys", "dense", lambda: measure_passkeys(runner, self.tokenizer, prompts, "dense"))
-            mine = self._kept(
-                "keys", _name(assignment), lambda: measure_passkeys(runner, self.tokenizer, prompts, "tuned")
-            )
-            return sum(mine), sum(dense), len(prompts)
+        def ask(name: str, recipe: Recipe) -> list[bool]:
+            runner = Runner(self.model, recipe)
+            return self._kept("keys", name, lambda: measure_passkeys(runner, self.tokenizer, prompts, "tuned"))
+
+        def retrieve(assignment: Assignment) -> dict[int, tuple[int, int, int]]:
+            dense, mine = ask("dense", exact), ask(_name(assignment), recipe_of(assignment))
+            counts = {}
+            for length in dict.fromkeys(prompt.length for prompt in prompts):
+                places = [place for place, prompt in enumerate(prompts) if prompt.length == length]
+                counts[length] = sum(mine[p] for p in places), sum(dense[p] for p in places), len(places)
+            return counts
 
         with self.progress.stage("search and confirm", self.settings.confirmations + 1):
             nll = self._kept("rise", "dense", lambda: language_score(self.model, windows).nll)
@@ -270,7 +275,7 @@ class _Job:
                 times = " and ".join(f"{row[name]['prefill']:.1f} s {name}" for name in ARMS)
                 self.progress.step(f"round {number + 1}: prefill {times}")
         found: dict[str, list[bool]] = {name: [] for name in ARMS}
-        prompts = self._keys(self.settings.questions, self.texts.heldout)
+        prompts = self._keys(self.settings.questions, self.texts.heldout, HELDOUT_SEED)
         with self.progress.stage("pass keys", len(prompts)):
             for number, prompt in enumerate(prompts):
                 for name in ARMS:
