@@ -158,7 +158,7 @@ class Search:
         return True
 
     def _settle(self, step: Callable[[str], None]) -> bool:
-        """Ask trials within the budget for pass keys, fastest first, until one finds as many as dense at each length."""
+        """Ask trials within the budget for pass keys, fastest first, until one equals dense at every length."""
         for place in sorted(range(len(self.trials)), key=lambda n: self.trials[n].seconds):
             trial = self.trials[place]
             if not trial.holds or trial.seconds >= self.best.seconds:
