@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.saccade-installed
 SINGLE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test check lint bench clean
+ENGINE := $(wildcard src/saccade/kernels/cpu/*.[chi]pp src/saccade/kernels/cpu/*.inl)
 
-$(STAMP): pyproject.toml setup.py
+.PHONY: demo test check lint bench sanitize clean
+
+$(STAMP): pyproject.toml setup.py $(ENGINE)
 	@echo "[1/3] Python environment in $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"saccade needs Python >= 3.11, {sys.executable} is {sys.version.split()[0]}; set PYTHON=...")'
 	@$(PYTHON) -m venv $(VENV)
@@ -16,6 +18,7 @@ $(STAMP): pyproject.toml setup.py
 	@$(BIN)/python -m pip install torch==2.13.0
 	@echo "[3/3] Saccade and what it is tested with"
 	@$(BIN)/python -m pip install -e '.[dev]'
+	@$(BIN)/python tools/engine.py
 	@touch $@
 
 demo: $(STAMP)
@@ -41,6 +44,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/saccade bench ops
+
+# A slice of the tests under AddressSanitizer and UndefinedBehaviorSanitizer; needs GCC.
+sanitize: $(STAMP)
+	@$(BIN)/python tools/sanitize.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache saccade-out

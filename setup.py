@@ -3,6 +3,7 @@
 The same sources are compiled once per instruction set; which one runs is decided when the library is loaded.
 """
 
+import os
 import platform
 from pathlib import Path
 
@@ -14,6 +15,11 @@ FLAGS = [
     "-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
     "-Wno-psabi", "-pthread",
 ]  # fmt: skip
+LINK = ["-pthread"]
+if os.environ.get("SACCADE_SANITIZE"):  # see tools/sanitize.py
+    SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    FLAGS = [flag for flag in FLAGS if flag not in ("-O3", "-g0")] + ["-O2", "-g", *SANITIZERS]
+    LINK = [*LINK, *SANITIZERS]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {
@@ -22,13 +28,16 @@ INSTRUCTION_SETS = {
 
 
 class OptionalBuild(build_ext):
-    """A missing or failing compiler costs one line, not the install."""
+    """A missing or failing compiler costs one line, not the install; the package keeps the line (see library.py)."""
+
+    skipped = None
 
     def run(self):
         try:
             super().run()
         except Exception as error:  # noqa: BLE001
             self.skip(error)
+        self.leave_word()
 
     def build_extension(self, ext):
         try:
@@ -41,9 +50,21 @@ class OptionalBuild(build_ext):
         except Exception as error:  # noqa: BLE001
             self.skip(error)
 
-    @staticmethod
-    def skip(error):
-        print(f"saccade: the C++ CPU engine is skipped ({error}); everything runs on PyTorch alone")
+    def skip(self, error):
+        reason = str(error) if len(str(error)) < 200 else "the compiler failed; python setup.py build_ext shows how"
+        self.skipped = self.skipped or reason
+        print(f"saccade: the C++ CPU engine is skipped ({reason}); everything runs on PyTorch alone")
+
+    def leave_word(self):
+        """Beside where the library would be, say why there is none; and leave none of other sources there."""
+        library = Path(self.get_ext_fullpath(self.extensions[0].name))
+        reason = library.with_name("_native.missing")
+        if self.skipped is None:
+            reason.unlink(missing_ok=True)
+        else:
+            reason.parent.mkdir(parents=True, exist_ok=True)
+            reason.write_text(f"{self.skipped}\n", encoding="utf-8")
+            library.unlink(missing_ok=True)
 
 
 setup(
@@ -53,8 +74,9 @@ setup(
             sorted(str(path) for path in FOLDER.glob("entry*.cpp")),
             depends=sorted(str(path) for path in FOLDER.glob("*.[hic]*")),
             language="c++",
+            optional=True,
             extra_compile_args=FLAGS,
-            extra_link_args=["-pthread"],
+            extra_link_args=LINK,
         )
     ],
     cmdclass={"build_ext": OptionalBuild},

@@ -35,7 +35,10 @@ static int64_t lay_out(const Attention& p, Scratch* scratch, char* memory) {
   s.keys = take(int64_t(TILE) * p.dim);
   s.values = take(int64_t(TILE) * p.value_dim);
   s.zeros = take(p.value_dim + LANES);
-  if (scratch) *scratch = s;
+  if (scratch) {
+    *scratch = s;
+    for (int64_t e = 0; e < p.value_dim + LANES; ++e) s.zeros[e] = 0;
+  }
   return used;
 }
 

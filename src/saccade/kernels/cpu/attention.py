@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saccade.kernels.cpu.bounds import checked
 from saccade.kernels.cpu.library import library
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def attention(
         Out `[B, H, M, E]` and lse `[B, H, M]`, fp32.
 
     Raises:
+        ValueError: If the layout points outside.
         MemoryError: If there is no memory for the threads' scratch.
     """
     batch, heads, queries, dim = q.shape
@@ -99,9 +101,9 @@ def attention(
         problem.q_segments, problem.q_segment_stride = q_ids.data_ptr(), q_ids.stride(0)
         problem.kv_segments, problem.kv_segment_stride = kv_ids.data_ptr(), kv_ids.stride(0)
     if layout is not None:
-        for name in ("indptr", "indices", "kinds", "bits"):
-            alive.append(getattr(layout, name).contiguous())
-            setattr(problem, name, alive[-1].data_ptr())
+        for name, x in checked(layout).items():
+            alive.append(x)
+            setattr(problem, name, x.data_ptr())
         problem.layout_batch, problem.layout_heads = layout.batch, layout.heads
         problem.block_q, problem.block_k = layout.block
     if library().saccade_attend(ctypes.byref(problem)):

@@ -17,9 +17,11 @@ NOT_BUILT = "the C++ engine is not built (it takes a C++ compiler at install tim
 @cache
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    found = sorted(Path(__file__).parent.glob("_native*.so"))
+    folder = Path(__file__).parent
+    found = sorted(folder.glob("_native*.so"))
     if not found:
-        return NOT_BUILT
+        reason = folder / "_native.missing"  # what setup.py ran into
+        return f"{NOT_BUILT}: {reason.read_text(encoding='utf-8').strip()}" if reason.exists() else NOT_BUILT
     try:
         library = ctypes.CDLL(str(found[0]))
     except OSError as error:
@@ -55,6 +57,9 @@ def missing() -> str | None:
 
 def library() -> ctypes.CDLL:
     """The loaded library.
+
+    Returns:
+        It, with an instruction set chosen.
 
     Raises:
         RuntimeError: If there is none, saying why.

@@ -16,8 +16,9 @@ class Scores {
   int64_t lowest(int64_t i) const { return p.left < 0 ? 0 : clamp(i + p.keys - p.queries - p.left); }
   int64_t highest(int64_t i) const { return p.right < 0 ? p.keys - 1 : clamp(i + p.keys - p.queries + p.right + 1) - 1; }
 
+  // A bias may hide any pair.
   bool sees_all(int64_t from, int64_t rows, int64_t start, int keys, const uint8_t* bits) const {
-    return !bits && !p.q_segments && start >= lowest(from + rows - 1) && start + keys - 1 <= highest(from);
+    return !bits && !p.q_segments && !p.bias && start >= lowest(from + rows - 1) && start + keys - 1 <= highest(from);
   }
 
   bool sees_nothing(int64_t from, int64_t rows, int64_t start, int keys) const {
@@ -44,7 +45,7 @@ class Scores {
         if (bias)
           for (int i = 0; i < LANES; ++i)
             if (half * LANES + i < rows)
-              x[i] += bias[(from + half * LANES + i) * p.bias_stride[2] + (start + j) * p.bias_stride[3]];
+              x[i] = biased(x[i], bias[(from + half * LANES + i) * p.bias_stride[2] + (start + j) * p.bias_stride[3]]);
         store(place, x);
       }
   }
@@ -82,6 +83,7 @@ class Scores {
   const Attention& p;
   const int64_t b, h;
 
+  static float biased(float score, float bias) { return bias == -INF ? -INF : score + bias; }  // -inf hides NaN too
   int64_t clamp(int64_t key) const { return key < 0 ? 0 : key > p.keys ? p.keys : key; }
   static int32_t near(int64_t x) { return int32_t(x < -1 ? -1 : x > LANES ? LANES : x); }
 

@@ -21,7 +21,10 @@ void team(int threads, Body& body) {
     gomp_parallel(call, &body, unsigned(threads), 0);
   } else {
     std::vector<std::thread> others;
-    for (int i = 1; i < threads; ++i) others.emplace_back(call, &body);
+    try {
+      for (int i = 1; i < threads; ++i) others.emplace_back(call, &body);
+    } catch (...) {  // the system has no more threads or memory: those that started share the work
+    }
     body();
     for (auto& other : others) other.join();
   }

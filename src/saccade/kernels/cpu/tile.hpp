@@ -18,8 +18,8 @@ struct Single {
   INLINE vf multiply(vf acc, float a, const float* b) { return acc + a * load(b); }
 };
 
-struct Pairs {  // two bf16 in an element
-  typedef uint32_t element;
+struct Pairs {  // two bf16 in an element, which may lie at any even address
+  typedef uint32_t element __attribute__((aligned(2), may_alias));
   static constexpr int PER_ELEMENT = 2;
   INLINE vf multiply(vf acc, uint32_t a, const uint32_t* b) {
     return dot_bf16(acc, a - vu{}, *reinterpret_cast<const vu_any*>(b));
