@@ -12,7 +12,7 @@ from typing import Any
 
 from saccade.models.passkey import Passkey, passkey_prompts
 from saccade.models.tasks import check_head, language_score, text_windows
-from saccade.plug import Recipe, attention_layers, fingerprint, patchable_layers
+from saccade.plug import Recipe, apply, attention_layers, fingerprint, patchable_layers
 from saccade.report import require_packages, write_report
 from saccade.tune.calibrate import Calibration, score_model
 from saccade.tune.candidates import DENSE, Candidate, dense_candidate, every_other, find_candidates
@@ -213,6 +213,10 @@ class _Job:
         def recipe_of(assignment: Assignment) -> Recipe:
             return make_recipe(self.model, layers, assignment, candidates, {})
 
+        def dense_nll() -> float:
+            with apply(self.model, exact):
+                return language_score(self.model, windows).nll
+
         def measure(assignment: Assignment) -> float:
             return self._kept(
                 "rise", _name(assignment), lambda: rise_of(self.model, recipe_of(assignment), windows, nll)
@@ -231,7 +235,7 @@ class _Job:
             return counts
 
         with self.progress.stage("search and confirm", self.settings.confirmations + 1):
-            nll = self._kept("rise", "dense", lambda: language_score(self.model, windows).nll)
+            nll = self._kept("rise", "dense", dense_nll)
             self.progress.step("dense perplexity")
             search = Search(choices, self.settings.budget, measure, retrieve)
             best = search.run(self.settings.confirmations, self.progress.step)
