@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
+from saccade.bench.cases import random_layout
 from saccade.bench.measure import can_measure_peak, describe_machine, interleaved, median, peak_bytes
-from saccade.bench.ops import random_layout
+from saccade.kernels import cpu
 
 
 def test_rounds_are_interleaved_and_rotate():
@@ -16,6 +19,13 @@ def test_rounds_are_interleaved_and_rotate():
     assert seen[:2] in (["a", "b"], ["b", "a"])
     assert seen[2:4] != seen[4:6]
     assert [len(values) for values in found.values()] == [3, 3]
+
+
+def test_something_may_run_untimed_before_every_call():
+    seen = []
+    found = interleaved({"a": lambda: seen.append("a")}, rounds=2, before=lambda: seen.append("-") or time.sleep(0.05))
+    assert seen == ["-", "a"] * 3
+    assert max(found["a"]) < 0.05
 
 
 def test_median_of_even_and_odd():
@@ -36,6 +46,9 @@ def test_the_machine_is_described():
     machine = describe_machine()
     assert machine.cores >= 1
     assert machine.gemm_gflops > 0
+    assert machine.gemm_bf16_gflops > 0
+    assert machine.read_gbytes > 0
+    assert machine.engine == (cpu.missing() or cpu.instruction_set())
     assert machine.to_json()["torch"] == torch.__version__
 
 

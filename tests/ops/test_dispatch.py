@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from saccade.ops.dispatch import Implementation, RunRecord, choose, is_recording, record, recording
+from saccade.kernels import cpu
+from saccade.ops.dispatch import Implementation, RunRecord, choose, cpu_engine, is_recording, record, recording
 
 pytestmark = pytest.mark.quick
 
@@ -67,3 +68,13 @@ def test_other_threads_are_not_recorded():
         worker.start()
         worker.join()
     assert records == []
+
+
+def test_records_of_the_cpp_engine_say_the_instruction_set():
+    with recording() as records:
+        record(RunRecord("attend", "cpu"))
+        record(RunRecord("attend", "eager"))
+    assert records[0].instruction_set == cpu.instruction_set()
+    assert str(records[0]) == ("attend:cpu" if cpu.missing() else f"attend:cpu ({cpu.instruction_set()})")
+    assert str(records[1]) == "attend:eager"
+    assert cpu_engine() == (cpu.missing() or cpu.instruction_set())

@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from saccade.kernels import cpu
 from saccade.ops.dispatch import recording
 from saccade.plug import Choice, LayerRecipe, Recipe, apply, explain
 
@@ -49,3 +51,13 @@ def test_keeps_nothing_when_told_so_and_passes_records_on(tiny: Build, ids: Tens
     with apply(model, recipe), recording() as seen, torch.no_grad():
         model(ids)
     assert [run.op for run in seen] == ["select", "block_attend"] * 2
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason=f"no C++ engine: {cpu.missing()}")
+def test_says_which_instruction_set_the_cpp_engine_ran_on(tiny: Build, ids: Tensor) -> None:
+    model = tiny().float()
+    with apply(model, Recipe.uniform(model, "sink_window", NARROW)), torch.no_grad():
+        model(ids)
+        told = explain(model)
+    assert told.rows[0].engine == f"block_attend:cpu ({cpu.instruction_set()})"
+    assert f"cpu ({cpu.instruction_set()})" in str(told)

@@ -14,13 +14,30 @@ from typing import Any
 
 import torch
 
+from saccade.ops.dispatch import cpu_engine
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a figure was measured."""
+    """Where a figure was measured.
+
+    Args:
+        processor: Its name.
+        cores: Those that this process may use.
+        threads: Those that PyTorch and the engines use.
+        memory_bytes: Of the whole machine.
+        system: Operating system and architecture.
+        python: Version.
+        torch: Version.
+        device: In torch's words.
+        engine: Instruction set that the C++ engine uses, or why there is none.
+        gemm_gflops: Speed of a 1024^3 matrix product in fp32.
+        gemm_bf16_gflops: The same in bf16.
+        read_gbytes: 10^9 bytes a second when 256 MiB are summed.
+    """
 
     processor: str
     cores: int
@@ -30,7 +47,10 @@ class Machine:
     python: str
     torch: str
     device: str
+    engine: str
     gemm_gflops: float
+    gemm_bf16_gflops: float
+    read_gbytes: float
 
     def to_json(self) -> dict[str, Any]:
         """For a report."""
@@ -38,7 +58,7 @@ class Machine:
 
 
 def describe_machine(device: str = "cpu") -> Machine:
-    """The machine this runs on, with the speed of a 1024^3 fp32 matrix product."""
+    """The machine this runs on, with what it can do at most: matrix products and reading memory."""
     return Machine(
         processor=_processor() if device == "cpu" else torch.cuda.get_device_name(device),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -48,7 +68,10 @@ def describe_machine(device: str = "cpu") -> Machine:
         python=platform.python_version(),
         torch=torch.__version__,
         device=device,
+        engine=cpu_engine(),
         gemm_gflops=round(gemm_gflops(device), 1),
+        gemm_bf16_gflops=round(gemm_gflops(device, dtype=torch.bfloat16), 1),
+        read_gbytes=round(read_gbytes(device), 1),
     )
 
 
@@ -61,11 +84,18 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def gemm_gflops(device: str = "cpu", size: int = 1024) -> float:
-    """Speed of an fp32 matrix product, the thermometer of a noisy machine."""
-    a = torch.randn(size, size, device=device)
+def gemm_gflops(device: str = "cpu", size: int = 1024, dtype: torch.dtype = torch.float32) -> float:
+    """Speed of a matrix product; in fp32 the thermometer of a noisy machine."""
+    a = torch.randn(size, size, device=device).to(dtype)
     seconds = interleaved({"gemm": lambda: a @ a}, rounds=5, device=device)["gemm"]
     return 2 * size**3 / min(seconds) / 1e9
+
+
+def read_gbytes(device: str = "cpu", size: int = 2**28) -> float:
+    """Speed of reading memory once, 10^9 bytes a second: summing `size` bytes."""
+    x = torch.ones(size // 4, device=device)
+    seconds = interleaved({"read": x.sum}, rounds=5, device=device)["read"]
+    return size / min(seconds) / 1e9
 
 
 def synchronise(device: str) -> None:
@@ -84,7 +114,11 @@ def seconds_of(call: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1, device: str = "cpu"
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int = 5,
+    warmup: int = 1,
+    device: str = "cpu",
+    before: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
     """Time the calls in turn, A B C A B C ..., starting each round one further on.
 
@@ -93,6 +127,7 @@ def interleaved(
         rounds: Counted rounds.
         warmup: Rounds before them.
         device: Device to wait for.
+        before: Called, untimed, before every call.
 
     Returns:
         Seconds of every counted call.
@@ -102,6 +137,7 @@ def interleaved(
     for number in range(-warmup, rounds):
         start = number % len(names)
         for name in names[start:] + names[:start]:
+            before()
             seconds = seconds_of(calls[name], device)
             if number >= 0:
                 found[name].append(seconds)

@@ -1,144 +1,262 @@
-"""The engines against PyTorch's own attention, on the same work, in interleaved rounds."""
+"""The engines against PyTorch and against the machine's limits: same work, interleaved, medians of at least 7.
+
+Between the cases a matrix product is timed, the thermometer: where it moved by more than a tenth, other processes were
+at work; the case is run once more, and marked if it moved again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import gc
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from saccade.bench.measure import interleaved, median, peak_bytes
-from saccade.ops import attend, block_attend, scan
-from saccade.types import BlockLayout
+from saccade.bench.measure import gemm_gflops, interleaved, median, peak_bytes
+from saccade.ops import recording
 
-HEADS, DIM, BLOCK = 8, 64, 64
+FEWEST_ROUNDS = 7
+MOVED = 0.10
+"""Relative change of the thermometer from which a case is not trusted."""
+
+
+ALIKE, DIFFERS = 0.02, " (another result!)"
+"""Relative difference of two results up to which they count as the same in any dtype here; what a table says beyond."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What ours is held against.
+
+    Args:
+        call: One run.
+        share: Its time counts times this, such as the density for dense attention.
+        same: Whether it returns what ours returns; then the results are compared.
+    """
+
+    call: Callable[[], Any]
+    share: float = 1.0
+    same: bool = True
+
+
+@dataclass(frozen=True)
+class Work:
+    """The inputs and calls of one case; they live while it runs.
+
+    Args:
+        ours: One run of ours; returns a tensor, or a tuple of them.
+        peers: What it is held against, by name.
+        flops: Useful floating-point operations of one run (backward: twice the forward; no credit for recomputing).
+        bytes: Bytes that one run must read, where memory is the limit.
+        skipped: Peers that cannot run here, and why.
+        before: Called, untimed, before every run.
+    """
+
+    ours: Callable[[], Any]
+    peers: dict[str, Peer]
+    flops: float | None = None
+    bytes: int | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+    before: Callable[[], Any] = lambda: None
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: seconds of ours and of what it is held against, and the peak memory of one of our calls."""
+    """A named measurement, prepared when its turn comes.
+
+    Args:
+        name: Group and sizes; what `only` is matched with.
+        prepare: Makes the inputs; raises ValueError where the engine cannot run the case.
+        grad: Whether gradients are taken.
+    """
 
     name: str
-    ours: float
-    against: str
-    theirs: float | None
-    peak_bytes: int | None
+    prepare: Callable[[], Work]
+    grad: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one case measured, or why not.
+
+    Args:
+        name: Of the case.
+        engine: Engines and implementations that ran.
+        ours: Median seconds of one run.
+        peers: Median seconds of each peer, its share counted.
+        errors: Relative difference of each peer's result from ours (Frobenius norm), where they compute the same.
+        gflops: Useful 10^9 operations a second.
+        gbytes: 10^9 bytes read a second.
+        peak_bytes: Memory that one run takes at its peak, its result included, or None where it cannot be measured.
+        thermometer: GFLOP/s of the thermometer before and after.
+        noisy: Whether the thermometer moved also when the case was run again.
+        skipped: Peers that did not run, and why; `case` for the case itself.
+    """
+
+    name: str
+    engine: str = ""
+    ours: float | None = None
+    peers: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    gflops: float | None = None
+    gbytes: float | None = None
+    peak_bytes: int | None = None
+    thermometer: tuple[float, float] = (0.0, 0.0)
+    noisy: bool = False
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Time of each peer over ours: above 1, ours is faster."""
+        return {} if self.ours is None else {name: seconds / self.ours for name, seconds in self.peers.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, with the ratio."""
-        return asdict(self) | {"ratio": None if self.theirs is None else self.theirs / self.ours}
+        """Plain data, with the ratios."""
+        return asdict(self) | {"ratios": self.ratios}
 
-    def cells(self) -> tuple[str, ...]:
-        """For a table."""
-        theirs = "" if self.theirs is None else f"{1e3 * self.theirs:.1f} ms"
-        ratio = "" if self.theirs is None else f"{self.theirs / self.ours:.2f}x"
+    def rows(self) -> list[tuple[str, ...]]:
+        """For a table: a row per peer, the first with what is ours."""
+        if self.ours is None:
+            return [(self.name, "", "", "", f"skipped: {self.skipped.get('case', '')}", "", "", "")]
+        rate = "" if self.gflops is None else f"{self.gflops:.0f} GFLOP/s"
+        rate = rate if self.gbytes is None else f"{self.gbytes:.1f} GB/s"
         memory = "" if self.peak_bytes is None else f"{self.peak_bytes / 2**20:.0f} MiB"
-        return self.name, f"{1e3 * self.ours:.1f} ms", self.against, theirs, ratio, memory
+        mark = " (noisy)" if self.noisy else ""
+        lines = [
+            (
+                name + DIFFERS * (self.errors.get(name, 0) > ALIKE),
+                f"{1e3 * seconds:.2f} ms",
+                f"{self.ratios[name]:.2f}x",
+            )
+            for name, seconds in sorted(self.peers.items(), key=lambda item: item[1])
+        ]
+        lines += [(name, f"skipped: {reason}", "") for name, reason in self.skipped.items()]
+        head = (self.name + mark, self.engine, f"{1e3 * self.ours:.2f} ms", rate, memory)
+        shown = [head, *[("",) * 5] * (len(lines) - 1)] if lines else [head]
+        return [(*left[:4], *line, left[4]) for left, line in zip(shown, lines or [("", "", "")], strict=True)]
 
 
-def bench_ops(*, quick: bool = False, rounds: int = 5) -> list[Case]:
-    """Every case; `quick` divides the lengths by four."""
-    part = 4 if quick else 1
-    return [
-        _window_layout(2**20 // part),
-        _random_blocks(8192 // part, rounds),
-        _window(16384 // part, rounds),
-        _dense(4096 // part, rounds),
-        _large_backward(65536 // part),
-        _scan(16384 // part, rounds),
-    ]
+COLUMNS = ("case", "engine", "ours", "rate", "against", "theirs", "ratio", "peak memory")
 
 
-def _qkv(tokens: int, heads: int = HEADS) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(1, heads, tokens, DIM, generator=generator) for _ in range(3))  # type: ignore[return-value]
+def bench_ops(
+    *,
+    quick: bool = False,
+    only: str | None = None,
+    rounds: int = FEWEST_ROUNDS,
+    progress: Callable[[Outcome], None] = lambda outcome: None,  # noqa: ARG005
+) -> list[Outcome]:
+    """Every case whose name `only` is found in.
+
+    Args:
+        quick: Small sizes, no compiled peers: a smoke run, not a measurement.
+        only: Regular expression; None runs all.
+        rounds: Counted rounds of each case.
+        progress: Called with each outcome as it is there.
+
+    Returns:
+        An outcome per case.
+
+    Raises:
+        ValueError: If `rounds` is too small, or `only` is not a regular expression or matches no case.
+    """
+    from saccade.bench.cases import cases
+
+    if rounds < FEWEST_ROUNDS and not quick:
+        raise ValueError(f"rounds={rounds}: expected at least {FEWEST_ROUNDS}")
+    chosen = select_cases(cases(quick=quick), only)
+    outcomes = []
+    for case in chosen:
+        outcome = run_case(case, rounds)
+        progress(outcome)
+        outcomes.append(outcome)
+    return outcomes
 
 
-def random_layout(tokens: int, density: float, heads: int = 1, seed: int = 0) -> BlockLayout:
-    """Causal blocks: the diagonal, and others at random so that `density` of the causal pairs is kept."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks = -(-tokens // BLOCK)
-    past = torch.ones(blocks, blocks, dtype=torch.bool).tril(-1)
-    chosen = (torch.rand(heads, blocks, blocks, generator=generator) < density) & past
-    chosen |= torch.eye(blocks, dtype=torch.bool)
-    layout = BlockLayout.from_block_mask(chosen[None], BLOCK, BLOCK, tokens, tokens)
-    return layout & BlockLayout.window(tokens, tokens, -1, 0, block=BLOCK)
+def select_cases(known: Iterable[Case], only: str | None) -> list[Case]:
+    """Those whose name the regular expression `only` is found in; all for None."""
+    try:
+        pattern = re.compile(only or "")
+    except re.error as error:
+        raise ValueError(f"only={only!r}: not a regular expression: {error}") from None
+    known = list(known)
+    chosen = [case for case in known if pattern.search(case.name)]
+    if not chosen:
+        raise ValueError(f"only={only!r}: matches no case, such as {known[0].name!r}")
+    return chosen
 
 
-def _against(name: str, ours: Callable[[], Any], against: str, theirs: Callable[[], Any], rounds: int) -> Case:
-    times = interleaved({"ours": ours, "theirs": theirs}, rounds)
-    return Case(name, median(times["ours"]), against, median(times["theirs"]), peak_bytes(ours))
+def run_case(case: Case, rounds: int, thermometer: Callable[[], float] = gemm_gflops) -> Outcome:
+    """One case, and once more if the thermometer moved meanwhile.
+
+    Args:
+        case: What to run.
+        rounds: Counted rounds.
+        thermometer: Speed of something that should not change.
+
+    Returns:
+        What was measured the last time.
+    """
+    try:
+        work = case.prepare()
+    except ValueError as error:
+        return Outcome(case.name, skipped={"case": str(error)})
+    outcome = Outcome(case.name)
+    for _ in range(2):
+        before = thermometer()
+        with torch.set_grad_enabled(case.grad):
+            outcome = _measure(case.name, work, rounds)
+        after = thermometer()
+        moved = abs(after / before - 1) > MOVED
+        outcome = replace(outcome, thermometer=(round(before, 1), round(after, 1)), noisy=moved)
+        if not moved:
+            break
+    del work
+    gc.collect()
+    return outcome
 
 
-def _window_layout(tokens: int) -> Case:
-    """Building the layout of a window of 1,024 tokens."""
-
-    def build() -> BlockLayout:
-        return BlockLayout.window(tokens, tokens, 1023, 0, block=BLOCK)
-
-    times = interleaved({"build": build}, rounds=3)
-    return Case(f"layout of a 1,024-token window, N={tokens:,}", median(times["build"]), "", None, peak_bytes(build))
-
-
-def _random_blocks(tokens: int, rounds: int) -> Case:
-    q, k, v = _qkv(tokens)
-    layout = random_layout(tokens, 0.25)
-    mask = layout.to_dense()[0, 0]
-    return _against(
-        f"block_attend, 25% of causal blocks, N={tokens:,}",
-        lambda: block_attend(q, k, v, layout),
-        "SDPA, dense bool mask",
-        lambda: scaled_dot_product_attention(q, k, v, attn_mask=mask),
-        rounds,
+def _measure(name: str, work: Work, rounds: int) -> Outcome:
+    """Results compared, memory and times taken."""
+    with recording() as records:
+        result = work.ours()
+    engine = " + ".join(dict.fromkeys(f"{run.op}:{run.impl}" for run in records if run.op != "select"))
+    peers, skipped, errors = {}, dict(work.skipped), {}
+    for key, peer in work.peers.items():
+        try:
+            found = peer.call()
+        except (RuntimeError, ValueError) as error:
+            skipped[key] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        peers[key] = peer
+        if peer.same:
+            errors[key] = difference(found, result)
+        del found
+    del result
+    memory = peak_bytes(work.ours)
+    calls = {"": work.ours} | {key: peer.call for key, peer in peers.items()}
+    times = interleaved(calls, rounds, before=work.before)
+    ours = median(times[""])
+    return Outcome(
+        name=name,
+        engine=engine,
+        ours=ours,
+        peers={key: peer.share * median(times[key]) for key, peer in peers.items()},
+        errors=errors,
+        gflops=None if work.flops is None else work.flops / ours / 1e9,
+        gbytes=None if work.bytes is None else work.bytes / ours / 1e9,
+        peak_bytes=memory,
+        skipped=skipped,
     )
 
 
-def _window(tokens: int, rounds: int) -> Case:
-    q, k, v = _qkv(tokens)
-    layout = BlockLayout.window(tokens, tokens, 1023, 0, block=BLOCK)
-    return _against(
-        f"block_attend, window 1,024, N={tokens:,}",
-        lambda: block_attend(q, k, v, layout),
-        "SDPA, causal",
-        lambda: scaled_dot_product_attention(q, k, v, is_causal=True),
-        rounds,
-    )
-
-
-def _dense(tokens: int, rounds: int) -> Case:
-    q, k, v = _qkv(tokens)
-    return _against(
-        f"attend, causal, N={tokens:,}",
-        lambda: attend(q, k, v, causal=True),
-        "SDPA, causal",
-        lambda: scaled_dot_product_attention(q, k, v, is_causal=True),
-        rounds,
-    )
-
-
-def _large_backward(tokens: int) -> Case:
-    """Forward and backward with 10% of the causal blocks, one head."""
-    q, k, v = (x.requires_grad_() for x in _qkv(tokens, heads=1))
-    layout = random_layout(tokens, 0.10)
-
-    def run() -> None:
-        block_attend(q, k, v, layout).sum().backward()
-
-    memory = peak_bytes(run)
-    seconds = interleaved({"run": run}, rounds=1, warmup=0)["run"][0]
-    return Case(f"block_attend forward + backward, 10%, 1 head, N={tokens:,}", seconds, "", None, memory)
-
-
-def _scan(tokens: int, rounds: int) -> Case:
-    q, k, v = _qkv(tokens)
-    decay = -torch.rand(1, HEADS, tokens, generator=torch.Generator().manual_seed(1))
-    return _against(
-        f"scan, scalar decay, N={tokens:,}",
-        lambda: scan(q, k, v, log_decay=decay),
-        "SDPA, causal",
-        lambda: scaled_dot_product_attention(q, k, v, is_causal=True),
-        rounds,
+def difference(found: Any, wanted: Any) -> float:
+    """Largest relative difference, Frobenius norm, over a tensor or the tensors of a tuple."""
+    pairs = [(found, wanted)] if isinstance(found, Tensor) else list(zip(found, wanted, strict=True))
+    return max(
+        float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp(min=1e-30))
+        for a, b in pairs
     )

@@ -224,23 +224,31 @@ def parse_shape(text: str) -> tuple[int, ...]:
 def bench_command(
     what: Annotated[str, typer.Argument(help="ops: the engines against PyTorch; machine: this machine.")] = "ops",
     as_json: Annotated[bool, typer.Option("--json")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes only.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes only: a smoke run, not a measurement.")] = False,
+    only: Annotated[str | None, typer.Option(help="Cases whose name this regular expression is found in.")] = None,
+    rounds: Annotated[int, typer.Option(help="Counted rounds of each case; the median counts.")] = 7,
 ) -> None:
     """Measure the engines against PyTorch's own attention in interleaved rounds."""
     from saccade.bench.measure import describe_machine
-    from saccade.bench.ops import bench_ops
+    from saccade.bench.ops import COLUMNS, bench_ops
 
     if what not in ("ops", "machine"):
         raise ValueError(f"what={what!r}: expected ops or machine")
     machine = describe_machine().to_json()
-    cases = bench_ops(quick=quick) if what == "ops" else []
+    outcomes = bench_ops(quick=quick, only=only, rounds=rounds, progress=_said) if what == "ops" else []
     if as_json:
-        print(json.dumps({"machine": machine, "cases": [case.to_json() for case in cases]}, indent=2))
+        print(json.dumps({"machine": machine, "cases": [outcome.to_json() for outcome in outcomes]}, indent=2))
         return
-    if cases:
-        table = Table("case", "ours", "against", "theirs", "ratio", "peak memory")
-        for case in cases:
-            table.add_row(*case.cells())
+    if outcomes:
+        table = Table(*COLUMNS)
+        for row in (row for outcome in outcomes for row in outcome.rows()):
+            table.add_row(*row)
         console.print(table)
     for key, value in machine.items():
         console.print(f"[dim]{key:>14}[/]  {value}", highlight=False)
+
+
+def _said(outcome: Any) -> None:
+    """A long run shows where it is."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"{outcome.name}\n")

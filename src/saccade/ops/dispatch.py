@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from saccade.kernels import cpu
+
 
 @dataclass(frozen=True)
 class Implementation:
@@ -36,6 +38,7 @@ class RunRecord:
         refused: For each implementation passed over, why.
         density: Fraction of the M x N pairs computed, or None where the notion does not apply.
         select_seconds: Time spent choosing what to compute, added by the selector.
+        instruction_set: What the C++ engine ran on, where `impl` is "cpu".
     """
 
     op: str
@@ -43,6 +46,11 @@ class RunRecord:
     refused: dict[str, str] = field(default_factory=dict)
     density: float | None = None
     select_seconds: float = 0.0
+    instruction_set: str | None = None
+
+    def __str__(self) -> str:
+        """Engine and implementation, as in `attend:cpu (AVX2 and FMA)`."""
+        return f"{self.op}:{self.impl}" + ("" if self.instruction_set is None else f" ({self.instruction_set})")
 
 
 _records: ContextVar[list[RunRecord] | None] = ContextVar("saccade_records", default=None)
@@ -68,7 +76,14 @@ def record(entry: RunRecord) -> None:
     """Add `entry` for whoever is recording."""
     records = None if torch.compiler.is_compiling() else _records.get()
     if records is not None:
+        if entry.impl == "cpu":
+            entry.instruction_set = cpu.instruction_set()
         records.append(entry)
+
+
+def cpu_engine() -> str:
+    """The instruction set that the C++ engine uses, or why there is no engine."""
+    return cpu.missing() or str(cpu.instruction_set())
 
 
 def choose(

@@ -25,7 +25,7 @@ class Row:
         ran: Whether this phase has run since `apply` (with `record=True`).
         queries: Queries of its last call, or None if it has not run.
         keys: Keys of its last call.
-        engine: Engine and implementation that ran, or the model's own attention.
+        engine: Engine and implementation that ran, with its instruction set if in C++, or the model's own attention.
         density: Fraction of the pairs that were computed, or None where the engine does not say.
         select_seconds: Time spent choosing the pairs.
         refused: Faster implementations of the engine that were passed over, and why.
@@ -120,7 +120,7 @@ def _row(state: LayerState, phase: str, route: Route, last: CallReport, report: 
         ran=True,
         queries=last.queries,
         keys=last.keys,
-        engine=" + ".join(f"{run.op}:{run.impl}" for run in engines) if engines else f"model's {state.former_name}",
+        engine=" + ".join(map(str, engines)) if engines else f"model's {state.former_name}",
         density=sum(densities) if densities else None,
         select_seconds=sum(run.select_seconds for run in report.runs),
         refused={name: reason for run in engines for name, reason in run.refused.items()},

@@ -1,0 +1,99 @@
+"""Cases that read a long cache once: decoding, and decoding over the best keys only."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from saccade.bench.cases import DTYPES, draw
+from saccade.bench.ops import Case, Peer, Work
+from saccade.ops import attend, gather_attend
+from saccade.types import TokenIndex
+
+QUERY_HEADS, KV_HEADS, DIM = 32, 8, 128
+
+
+def cases(quick: bool) -> list[Case]:
+    """32 query heads over 8 key/value heads, D = 128."""
+    found = []
+    for tokens, dtype in itertools.product((1024,) if quick else (8192, 32768, 131072), DTYPES):
+        found.append(Case(f"decode cache={tokens:,} D=128 {dtype}", partial(_decode, tokens, DTYPES[dtype])))
+    lists = [(1024, 64)] if quick else itertools.product((32768, 131072), (1024, 4096))
+    for (tokens, kept), dtype in itertools.product(lists, DTYPES):
+        name = f"top-k {kept:,} of {tokens:,} D=128 {dtype}"
+        found.append(Case(name, partial(_top_k, tokens, kept, DTYPES[dtype])))
+    return found
+
+
+def cache(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """One query per head, and the keys and values."""
+    q = draw(1, QUERY_HEADS, 1, DIM, dtype=dtype)
+    k, v = (draw(1, KV_HEADS, tokens, DIM, dtype=dtype, seed=seed) for seed in (1, 2))
+    return q, k, v
+
+
+def read(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+    """The limit: summing the same bytes as fp32, once."""
+    words = [x.view(-1).view(torch.float32) for x in tensors]
+    return lambda: [x.sum() for x in words]
+
+
+def cold() -> Callable[[], Tensor]:
+    """Reads 128 MiB of other data, as the other layers of a model would, so that a cache comes from memory."""
+    return torch.ones(2**25).sum
+
+
+def _decode(tokens: int, dtype: torch.dtype) -> Work:
+    q, k, v = cache(tokens, dtype)
+
+    def matmuls() -> Tensor:
+        grouped = q.view(1, KV_HEADS, -1, DIM) * DIM**-0.5
+        weights = (grouped @ k.mT).softmax(-1, dtype=torch.float32).to(dtype)
+        return (weights @ v).view(q.shape)
+
+    return Work(
+        _must_run(lambda: attend(q, k, v, impl="cpu")),
+        {
+            "SDPA, grouped": Peer(lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)),
+            "grouped matmuls": Peer(matmuls),
+            "one read of the cache": Peer(read(k, v), same=False),
+        },
+        bytes=k.nbytes + v.nbytes,
+        before=cold(),
+    )
+
+
+def _top_k(tokens: int, kept: int, dtype: torch.dtype) -> Work:
+    q, k, v = cache(tokens, dtype)
+    noise = torch.rand(KV_HEADS, tokens, generator=torch.Generator().manual_seed(3))
+    chosen = noise.topk(kept, -1).indices.sort(-1).values
+    lists = chosen.repeat_interleave(QUERY_HEADS // KV_HEADS, 0)[None, :, None]
+    index = TokenIndex(lists, 1, tokens)
+    flat = (chosen + torch.arange(KV_HEADS)[:, None] * tokens).reshape(-1)
+
+    def gathered() -> Tensor:
+        near, values = (x.view(-1, DIM).index_select(0, flat).view(1, KV_HEADS, kept, DIM) for x in (k, v))
+        return scaled_dot_product_attention(q, near, values, enable_gqa=True)
+
+    return Work(
+        _must_run(lambda: gather_attend(q, k, v, index, impl="cpu")),
+        {
+            "index_select + SDPA": Peer(gathered),
+            "one read of as many bytes": Peer(
+                read(k[:, :, :kept].contiguous(), v[:, :, :kept].contiguous()), same=False
+            ),
+        },
+        bytes=2 * KV_HEADS * kept * DIM * q.element_size(),
+        before=cold(),
+    )
+
+
+def _must_run(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The call, after it ran once: an engine that cannot run it says why here, as a ValueError."""
+    call()
+    return call

@@ -1,0 +1,147 @@
+"""The harness of `saccade bench ops`, on cases made here, and a smoke run of real ones."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+import torch
+
+from saccade.bench.cases import cases
+from saccade.bench.ops import COLUMNS, Case, Peer, Work, bench_ops, difference, run_case, select_cases
+from saccade.kernels import cpu
+from saccade.ops import attend
+
+
+def sleeping(ours: float, **peers: float) -> Work:
+    def nap(seconds: float):
+        def run() -> torch.Tensor:
+            time.sleep(seconds)
+            return torch.ones(3)
+
+        return run
+
+    return Work(nap(ours), {name: Peer(nap(seconds)) for name, seconds in peers.items()}, flops=1e6, bytes=1000)
+
+
+def steady() -> float:
+    return 100.0
+
+
+def test_ratios_say_how_much_longer_the_peers_take():
+    outcome = run_case(Case("a", lambda: sleeping(0.002, slow=0.02, fast=0.002)), 7, steady)
+    assert 6 < outcome.ratios["slow"] < 12
+    assert 0.7 < outcome.ratios["fast"] < 1.4
+    assert outcome.errors == {"slow": 0.0, "fast": 0.0}
+    assert outcome.gflops == pytest.approx(1e6 / outcome.ours / 1e9)
+    assert outcome.gbytes == pytest.approx(1000 / outcome.ours / 1e9)
+    assert not outcome.noisy
+    rows = outcome.rows()
+    assert [row[4] for row in rows] == ["fast", "slow"]
+    assert all(len(row) == len(COLUMNS) for row in rows)
+    assert outcome.to_json()["ratios"] == outcome.ratios
+
+
+def test_a_share_of_a_peers_time_is_what_counts():
+    work = sleeping(0.01)
+    work.peers["quarter"] = Peer(lambda: time.sleep(0.01), 0.25, same=False)
+    assert 0.15 < run_case(Case("a", lambda: work), 7, steady).ratios["quarter"] < 0.4
+
+
+@pytest.mark.parametrize(
+    ("readings", "noisy", "taken"),
+    [([100, 91], False, 2), ([100, 85, 100, 95], False, 4), ([100, 120, 100, 80], True, 4)],
+)
+def test_a_case_is_run_again_where_the_thermometer_moved(readings, noisy, taken):
+    left = list(readings)
+    outcome = run_case(Case("a", lambda: sleeping(0.0)), 1, lambda: float(left.pop(0)))
+    assert outcome.noisy is noisy
+    assert len(readings) - len(left) == taken
+    assert outcome.thermometer == tuple(readings[taken - 2 :])
+    assert outcome.rows()[0][0] == ("a (noisy)" if noisy else "a")
+
+
+def test_cases_and_peers_that_cannot_run_say_why():
+    def prepare() -> Work:
+        raise ValueError("no engine")
+
+    skipped = run_case(Case("a", prepare), 1, steady)
+    assert skipped.skipped == {"case": "no engine"}
+    assert skipped.ours is None
+    assert skipped.ratios == {}
+    assert "skipped: no engine" in skipped.rows()[0]
+    assert len(skipped.rows()[0]) == len(COLUMNS)
+
+    def broken() -> None:
+        raise RuntimeError("no kernel\nand a long trace")
+
+    work = sleeping(0.0)
+    work.peers["broken"] = Peer(broken)
+    outcome = run_case(Case("a", lambda: work), 1, steady)
+    assert outcome.skipped == {"broken": "RuntimeError: no kernel"}
+    assert outcome.rows()[0][4:6] == ("broken", "skipped: RuntimeError: no kernel")
+
+
+def test_a_peer_with_another_result_is_marked():
+    work = Work(lambda: torch.ones(4), {"other": Peer(lambda: torch.ones(4) * 1.5)})
+    outcome = run_case(Case("a", lambda: work), 1, steady)
+    assert outcome.errors["other"] == pytest.approx(0.5)
+    assert outcome.rows()[0][4] == "other (another result!)"
+    assert difference((torch.ones(2), torch.zeros(2)), (torch.ones(2), torch.zeros(2))) == 0.0
+    assert difference((torch.ones(2), torch.ones(2) * 3), (torch.ones(2), torch.ones(2) * 2)) == 0.5
+
+
+def test_cases_are_chosen_by_their_names():
+    known = cases()
+    names = [case.name for case in known]
+    assert len(set(names)) == len(names)
+    chosen = select_cases(known, r"decode.*bf16")
+    assert chosen
+    assert all("decode" in case.name and "bf16" in case.name for case in chosen)
+    assert select_cases(known, None) == known
+    with pytest.raises(ValueError, match=re.escape("only='(': not a regular expression")):
+        select_cases(known, "(")
+    with pytest.raises(ValueError, match="only='nothing': matches no case, such as 'dense causal"):
+        select_cases(known, "nothing")
+    with pytest.raises(ValueError, match="rounds=5: expected at least 7"):
+        bench_ops(rounds=5)
+
+
+def test_the_table_of_the_issue_is_covered():
+    names = " | ".join(case.name for case in cases())
+    for what in (
+        "dense causal N=1,024 D=64 fp32 forward", "dense full N=4,096 D=128 bf16 forward+backward",
+        "dense causal N=16,384 D=128 bf16 forward", "window 1,024 N=16,384",
+        "blocks 25% of 64 N=4,096 D=64 bf16 forward",
+        "blocks 25% of 64 N=4,096 D=64 fp32 forward+backward", "decode cache=131,072", "top-k 1,024 of 32,768",
+        "top-k 4,096 of 131,072", "neighbourhood 56x56 of 7x7 B=8", "scan scalar decay N=131,072",
+        "choosing moba N=16,384",
+    ):  # fmt: skip
+        assert what in names
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason=f"no C++ engine: {cpu.missing()}")
+def test_small_cases_run_and_agree_with_their_peers():
+    seen = []
+    outcomes = bench_ops(quick=True, only="dense.*fp32|window.*fp32|blocks 25.*fp32", rounds=1, progress=seen.append)
+    assert seen == outcomes
+    assert len(outcomes) == 7
+    for outcome in outcomes:
+        assert outcome.engine.endswith(":cpu")
+        assert outcome.ours > 0
+        assert outcome.errors
+        assert max(outcome.errors.values()) < 1e-4
+
+
+def test_maps_run_and_agree_with_their_peers():
+    (outcome,) = bench_ops(quick=True, only="neighbourhood.*fp32 forward$", rounds=1)
+    assert set(outcome.errors) == {"unfold + matmul", "SDPA per map row"}
+    assert max(outcome.errors.values()) < 1e-4
+
+
+def test_peak_memory_is_that_of_ours():
+    x = torch.randn(1, 1, 64, 8)
+    work = Work(lambda: attend(x, x, x), {"large": Peer(lambda: torch.ones(2**26), same=False)})
+    outcome = run_case(Case("a", lambda: work), 1, steady)
+    assert outcome.peak_bytes is None or outcome.peak_bytes < 2**26
