@@ -4,7 +4,8 @@ ctypes and not nanobind: the surface is a handful of functions that take one str
 PyTorch, and so one built file serves every version of both. Threads are PyTorch's own (see `library`).
 """
 
-from saccade.kernels.cpu.attention import attention
+from saccade.kernels.cpu.attention import Rules, attention
+from saccade.kernels.cpu.backward import attention_backward
 from saccade.kernels.cpu.library import INSTRUCTION_SETS, instruction_set, missing, use
 
-__all__ = ["INSTRUCTION_SETS", "attention", "instruction_set", "missing", "use"]
+__all__ = ["INSTRUCTION_SETS", "Rules", "attention", "attention_backward", "instruction_set", "missing", "use"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of q, k and v; everything is computed in fp32."""
+
+NO_MEMORY = "impl='cpu': no memory for the threads' scratch"
 
 _size, _int, _float, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 
@@ -45,7 +47,26 @@ class Attention(ctypes.Structure):
     )  # fmt: skip
 
 
-def attention(
+class Rules(TypedDict, total=False):
+    """What fixes the scores beside q and k."""
+
+    scale: Required[float]
+    """Factor on q k^T."""
+    left: int
+    """Keys that a query sees before its own place; -1, as without it, for all."""
+    right: int
+    """Keys that it sees after."""
+    softcap: float | None
+    """Scores become softcap * tanh(score / softcap)."""
+    bias: Tensor | None
+    """Added to the scores; broadcasts to `[B, H, M, N]`."""
+    segments: tuple[Tensor, Tensor] | None
+    """int `[B or 1, M]` and `[B or 1, N]`; negative sees nothing."""
+    layout: BlockLayout | None
+    """Which blocks are computed."""
+
+
+def describe(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -57,39 +78,16 @@ def attention(
     bias: Tensor | None = None,
     segments: tuple[Tensor, Tensor] | None = None,
     layout: BlockLayout | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention; what the engines' callers have checked is not checked again.
-
-    Args:
-        q: `[B, H, M, D]`, any strides.
-        k: `[B, G, N, D]`.
-        v: `[B, G, N, E]`.
-        scale: Factor on q k^T.
-        left: Keys that a query sees before its own place; -1 for all.
-        right: Keys that it sees after.
-        softcap: Scores become softcap * tanh(score / softcap).
-        bias: Added to the scores; broadcasts to `[B, H, M, N]`.
-        segments: int `[B or 1, M]` and `[B or 1, N]`; negative sees nothing.
-        layout: Which blocks are computed.
-
-    Returns:
-        Out `[B, H, M, E]` and lse `[B, H, M]`, fp32.
-
-    Raises:
-        ValueError: If the layout points outside.
-        MemoryError: If there is no memory for the threads' scratch.
-    """
+) -> tuple[Attention, list[Tensor]]:
+    """The problem of `attention`, without its results; the tensors returned must outlive its use."""
     batch, heads, queries, dim = q.shape
     keys, value_dim = v.shape[2:]
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    out = q.new_empty(batch, heads, queries, value_dim, dtype=torch.float32)
-    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     problem = Attention(
         batch, heads, k.shape[1], queries, keys, dim, value_dim, STORAGE[q.dtype], torch.get_num_threads(),
-        Rows.of(q), Rows.of(k), Rows.of(v), out.data_ptr(), lse.data_ptr(), scale,
-        0.0 if softcap is None else softcap, left, right,
+        Rows.of(q), Rows.of(k), Rows.of(v), None, None, scale, 0.0 if softcap is None else softcap, left, right,
     )  # fmt: skip
-    alive: list[Tensor] = []  # what the problem points to
+    alive = [q, k, v]
     if bias is not None:
         alive.append(bias.float().expand(batch, heads, queries, keys))
         problem.bias = alive[-1].data_ptr()
@@ -106,6 +104,30 @@ def attention(
             setattr(problem, name, x.data_ptr())
         problem.layout_batch, problem.layout_heads = layout.batch, layout.heads
         problem.block_q, problem.block_k = layout.block
+    return problem, alive
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, **rules: Unpack[Rules]) -> tuple[Tensor, Tensor]:
+    """Softmax attention; what the engines' callers have checked is not checked again.
+
+    Args:
+        q: `[B, H, M, D]`, any strides.
+        k: `[B, G, N, D]`.
+        v: `[B, G, N, E]`.
+        **rules: See `Rules`.
+
+    Returns:
+        Out `[B, H, M, E]` and lse `[B, H, M]`, fp32.
+
+    Raises:
+        ValueError: If the layout points outside.
+        MemoryError: If there is no memory for the threads' scratch.
+    """
+    problem, alive = describe(q, k, v, **rules)
+    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    problem.out, problem.lse = out.data_ptr(), lse.data_ptr()
     if library().saccade_attend(ctypes.byref(problem)):
-        raise MemoryError("impl='cpu': no memory for the threads' scratch")
+        raise MemoryError(NO_MEMORY)
+    del alive
     return out, lse

@@ -1,5 +1,6 @@
 // The whole engine for one instruction set; an isa_*.cpp says which.
 #include "attend.hpp"
+#include "backward.hpp"
 #include "engine.hpp"
 
 namespace saccade::SACCADE_ISA {
@@ -12,12 +13,27 @@ static void attend(const Attention& p, char* memory, int64_t b, int64_t h, int64
   Unit(p, scratch, b, h, first, count).run();
 }
 
+static int64_t backward_scratch(const AttentionBackward& p, int64_t span) {
+  BackwardScratch<Pairs> pairs;
+  BackwardScratch<Single> single;
+  return backward_paired(p.forward) ? pairs.lay_out(p.forward, span, nullptr) : single.lay_out(p.forward, span, nullptr);
+}
+
+static void backward(const AttentionBackward& p, char* memory, const Turns& turns, int64_t unit, int64_t before, int64_t b,
+                     int64_t g, int64_t first, int64_t count, int64_t span) {
+  auto run = backward_paired(p.forward) ? backward_unit<Pairs> : backward_unit<Single>;
+  run(p, memory, turns, unit, before, b, g, first, count, span);
+}
+
 static const Engine ENGINE = {
     .name = SACCADE_NAME,
     .lanes = LANES,
     .attend_unit = UNIT,
     .attend_scratch = attend_scratch,
     .attend = attend,
+    .backward_delta = backward_delta,
+    .backward_scratch = backward_scratch,
+    .backward = backward,
 };
 
 }  // namespace saccade::SACCADE_ISA

@@ -75,10 +75,25 @@ INLINE vf dot_bf16(vf acc, vu a, vu b) {
 
 // Two rows of floats rounded to bf16 and interleaved: lane i holds (even[i], odd[i]).
 INLINE vu pair_bf16(vf even, vf odd) {
+#if defined(__AVX512BF16__)
+  vu place;
+  for (int i = 0; i < LANES; ++i) place[i] = uint32_t(i) | uint32_t(LANES + i) << 16;
+  return (vu)_mm512_permutexvar_epi16((__m512i)place, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
+#else
   vu e = (vu)even, o = (vu)odd;
   e += 0x7fffu + ((e >> 16) & 1u);
   o += 0x7fffu + ((o >> 16) & 1u);
   return (e >> 16) | (o & 0xffff0000u);
+#endif
+}
+
+// Floats rounded to bf16.
+INLINE vh narrow_bf16(vf x) {
+#if defined(__AVX512BF16__)
+  return (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
+  return __builtin_convertvector(pair_bf16(x, vf{}), vh);
+#endif
 }
 
 }  // namespace saccade::SACCADE_ISA

@@ -42,17 +42,33 @@ def unusable(q: Tensor) -> str | None:
     return MISSING
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
-    """As `eager.forward`, for the calls that `refuses` lets through."""
+def _arguments(rules: Rules) -> cpu.Rules:
+    """`rules` as the engine takes them."""
     segments = None
     if rules.q_segments is not None and rules.kv_segments is not None:
         segments = rules.q_segments, rules.kv_segments
-    out, lse = cpu.attention(
-        q, k, v, scale=rules.scale, left=rules.left, right=rules.right, softcap=rules.softcap, bias=rules.bias,
-        segments=segments,
-    )  # fmt: skip
+    return cpu.Rules(
+        scale=rules.scale, left=rules.left, right=rules.right, softcap=rules.softcap, bias=rules.bias, segments=segments
+    )
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
+    """As `eager.forward`, for the calls that `refuses` lets through."""
+    out, lse = cpu.attention(q, k, v, **_arguments(rules))
     if rules.sinks is not None:
         joint = torch.logaddexp(lse, rules.sinks.float()[:, None])
         out = out * torch.exp(lse - joint.masked_fill(joint == -torch.inf, 0.0))[..., None]
         lse = joint
     return out.to(q.dtype), lse
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Rules
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """As `eager.backward`, from what `forward` returned and without the gradient of `bias`."""
+    dq, dk, dv, delta = cpu.attention_backward(grad_out, grad_lse, q, k, v, out, lse, **_arguments(rules))
+    dsinks = None
+    if rules.sinks is not None:
+        share = torch.exp(rules.sinks.float()[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf))
+        dsinks = -(share * delta).sum((0, 2)).to(rules.sinks.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, dsinks

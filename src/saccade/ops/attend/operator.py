@@ -78,6 +78,8 @@ def _attend_backward(
             q, grad_out, k, v = without(q, dead), without(grad_out, dead), without(k, bad), without(v, bad)
         if impl == "sdpa" and grad_lse is None and not bias_grad:
             grads = flash.backward(grad_out, q, k, v, out, lse, rules)
+        elif impl == "cpu" and not bias_grad:
+            grads = native.backward(grad_out, grad_lse, q, k, v, out, lse, rules)
         else:
             grads = eager.backward(grad_out, grad_lse, q, k, v, lse, rules, bias_grad)
     dq, dk, dv, dbias, dsinks = grads

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,18 +37,33 @@ def eager_backward(
     """Gradients dq `[B, H, M, D]`, dk `[B, G, N, D]`, dv `[B, G, N, E]` in the accumulation dtype."""
     empty = lse == -torch.inf
     delta = (grad_out.to(lse.dtype) * out).sum(-1).sub_(grad_lse).masked_fill_(empty, 0.0)
-    lse = lse.masked_fill(empty, torch.inf)
     if all(finite(tensor) for tensor in (q, k, v, grad_out, delta)):
         whole = out if can_fuse(q, v, softcap) and not bool(grad_lse.any()) else None
+        lse = lse.masked_fill(empty, torch.inf)
         return _backward(grad_out, delta, whole, q, k, v, lse, layout, scale, softcap, workspace)
+
+    def run(grad_out: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        return _backward(grad_out, delta, None, q, k, v, lse, layout, scale, softcap, workspace)
+
+    return careful_backward(run, grad_out, delta, q, k, v, lse, layout, workspace)
+
+
+def careful_backward(
+    run: Callable[..., tuple[Tensor, ...]], grad_out: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    lse: Tensor, layout: BlockLayout, workspace: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients where something is not finite: NaN where it is seen, and nowhere else.
+
+    `run(grad_out, delta, q, k, v, lse)` gives those of finite inputs; its lse is +inf in rows that take no part.
+    """
+    empty = lse == -torch.inf
     usable = torch.isfinite(q).all(-1) & torch.isfinite(grad_out).all(-1) & torch.isfinite(delta) & ~lse.isnan()
     bad_row = ~usable & ~empty
     inert = bad_row | empty
     bad_key = ~(torch.isfinite(k).all(-1) & torch.isfinite(v).all(-1))[..., None]
-    dq, dk, dv = _backward(
-        grad_out.masked_fill(inert[..., None], 0), delta.masked_fill(inert, 0), None,
-        q.masked_fill(inert[..., None], 0), k.masked_fill(bad_key, 0), v.masked_fill(bad_key, 0),
-        lse.masked_fill(inert, torch.inf), layout, scale, softcap, workspace,
+    dq, dk, dv = run(
+        grad_out.masked_fill(inert[..., None], 0), delta.masked_fill(inert, 0), q.masked_fill(inert[..., None], 0),
+        k.masked_fill(bad_key, 0), v.masked_fill(bad_key, 0), lse.masked_fill(inert, torch.inf),
     )  # fmt: skip
     reached = sees(bad_row[..., None], layout.transpose(), q.shape[1], workspace)
     reached = reached.view(*k.shape[:2], -1, k.shape[2], 1).any(2)

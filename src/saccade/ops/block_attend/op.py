@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saccade.ops.block_attend.eager import eager_backward, eager_forward
-from saccade.ops.block_attend.native import native_forward
+from saccade.ops.block_attend.native import native_backward, native_forward
 from saccade.ops.checks import accumulation_dtype
 from saccade.types import BlockLayout
 
@@ -37,7 +37,7 @@ class Kernel:
 
 
 KERNELS: dict[str, Kernel] = {
-    "cpu": Kernel(native_forward, eager_backward),
+    "cpu": Kernel(native_forward, native_backward),
     "eager": Kernel(eager_forward, eager_backward),
 }
 
