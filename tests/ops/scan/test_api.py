@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saccade.kernels import cpu
 from saccade.ops.dispatch import recording
 from saccade.ops.scan import ScanState, diagonal_scan, linear_mix, scan
 from saccade.ops.scan.eager import scan_chunk
@@ -254,7 +255,10 @@ def test_the_call_is_recorded() -> None:
     with recording() as records:
         scan(x, x, x)
         scan(x, x, x, impl="reference")
-    assert [(entry.op, entry.impl) for entry in records] == [("scan", "eager"), ("scan", "reference")]
+        scan(x, x, x, beta=x[..., 0])
+    first = "eager" if cpu.missing() else "cpu"
+    assert [(entry.op, entry.impl) for entry in records] == [("scan", first), ("scan", "reference"), ("scan", "eager")]
+    assert records[2].refused == {"cpu": "the delta rule is not in the C++ engine"}
 
 
 def test_linear_mix_sums_over_all_keys() -> None:
@@ -312,7 +316,7 @@ def test_diagonal_scan_with_fixed_matrices_is_a_convolution() -> None:
         ({"chunk": 0}, r"chunk=0: expected at least 1 token"),
         ({"form": "loop"}, r"form='loop': expected 'auto', 'chunk', 'step' or 'parallel'"),
         ({"form": "step"}, r"form='step' with 5 tokens: expected one token"),
-        ({"impl": "triton"}, r"impl='triton': scan has 'auto', 'eager', 'reference'"),
+        ({"impl": "triton"}, r"impl='triton': scan has 'auto', 'cpu', 'eager', 'reference'"),
         ({"initial_state": (torch.zeros(2, 4, 3, 3), None)}, r"initial_state.s of shape \(2, 4, 3, 3\): expected"),
         ({"initial_state": (torch.zeros(2, 2, 3, 3), torch.zeros(2, 2, 3))}, r"initial_state.z: expected None"),
         ({"initial_state": (torch.zeros(2, 2, 3, 3), None), "normalise": True}, r"initial_state.z None: expected"),

@@ -2,8 +2,30 @@
 #pragma once
 #include "problem.hpp"
 #include "problem_backward.hpp"
+#include "problem_scan.hpp"
 
 namespace saccade {
+
+struct ScanEngine {
+  int64_t span;                                 // tokens between the states that are kept when heads alone keep not all busy
+  int64_t (*rows)(const Scan&);                 // rows of a state, of which phase one takes any part, in multiples of `block`
+  int64_t block;
+  int64_t (*state)(const Scan&);                // floats of a state
+  int64_t (*scratch)(const Scan&);              // bytes per thread
+  void (*head)(const Scan&, char* scratch, int64_t head);
+  // The states before each span but the first, on rows from .. to - 1; then a span that starts from its own.
+  void (*states)(const Scan&, char* scratch, int64_t head, int64_t from, int64_t to, float* kept);
+  void (*run)(const Scan&, char* scratch, int64_t head, int64_t span, const float* kept);
+  void (*step)(const Scan&, int64_t head);
+  // Backward: transposed states and their rows; a whole head; or the states before and the adjoints after each span, then spans.
+  int64_t (*turned_rows)(const Scan&);
+  int64_t (*turned_state)(const Scan&);
+  int64_t (*gradient_scratch)(const ScanGradient&);
+  void (*gradient_head)(const ScanGradient&, char* scratch, int64_t head, float* kept);
+  void (*gradient_states)(const ScanGradient&, char* scratch, int64_t head, int64_t from, int64_t to, float* kept);
+  void (*gradient_adjoints)(const ScanGradient&, char* scratch, int64_t head, int64_t from, int64_t to, float* kept);
+  void (*gradient_run)(const ScanGradient&, char* scratch, int64_t head, int64_t span, const float* kept, const float* adjoints);
+};
 
 struct Engine {
   const char* name;
@@ -15,6 +37,7 @@ struct Engine {
   int64_t (*backward_scratch)(const AttentionBackward&, int64_t span);  // bytes per thread
   void (*backward)(const AttentionBackward&, char* scratch, const Turns&, int64_t unit, int64_t before, int64_t b, int64_t g,
                    int64_t first, int64_t count, int64_t span);
+  ScanEngine scan;
 };
 
 extern const Engine* engine;  // in use

@@ -2,6 +2,7 @@
 #include "attend.hpp"
 #include "backward.hpp"
 #include "engine.hpp"
+#include "scan_engine.hpp"
 
 namespace saccade::SACCADE_ISA {
 
@@ -34,6 +35,7 @@ static const Engine ENGINE = {
     .backward_delta = backward_delta,
     .backward_scratch = backward_scratch,
     .backward = backward,
+    .scan = SCAN,
 };
 
 }  // namespace saccade::SACCADE_ISA

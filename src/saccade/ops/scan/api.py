@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saccade.ops.checks import accumulation_dtype, check_qkv, resolve_scale
 from saccade.ops.dispatch import Implementation, RunRecord, choose, record
+from saccade.ops.scan import native
 from saccade.ops.scan.eager import scan_chunk, scan_step
 from saccade.ops.scan.reference import reference_scan
 
@@ -35,11 +36,17 @@ def _run_eager(inputs: Inputs, chunk: int, form: str) -> tuple[Tensor, Tensor]:
     return scan_chunk(*inputs, max(inputs[1].shape[2], 1) if form == "parallel" else chunk)
 
 
+def _run_native(inputs: Inputs, chunk: int, form: str) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    q, k, v, decay, _, state, scale = inputs
+    return native.scan_native(q, k, v, decay, state, scale)
+
+
 def _run_reference(inputs: Inputs, chunk: int, form: str) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     return reference_scan(*inputs)
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
+    "cpu": Implementation("cpu", _run_native, native.refuses),
     "eager": Implementation("eager", _run_eager),
     "reference": Implementation("reference", _run_reference),
 }
@@ -79,10 +86,11 @@ def scan(
             give 0. Not defined with `beta`.
         scale: Factor on the outputs; None means D^-0.5, as in every engine (papers without a factor need 1.0).
         initial_state: What an earlier call returned, to continue its sequence; None means 0.
-        chunk: Tokens per chunk of the chunked form: work and memory are N * chunk + (N / chunk) * D * E.
+        chunk: Tokens per chunk of the chunked form: work and memory are N * chunk + (N / chunk) * D * E. The C++ engine
+            cuts its own.
         form: "chunk"; "step", the recurrence for N = 1 (decoding); "parallel", one chunk of N tokens, quadratic;
             "auto", "step" for one token and "chunk" for more. All give the same.
-        impl: "auto", "eager" or "reference" (token by token, whatever `form` and `chunk`).
+        impl: "auto", "cpu" (the C++ engine), "eager" or "reference" (token by token, whatever `form` and `chunk`).
 
     Returns:
         `out` `[B, H, N, E]` in q's dtype and the `ScanState` after the last token. Both are differentiable once.
@@ -93,7 +101,7 @@ def scan(
     _check(q, k, v, log_decay, beta, normalise, chunk, form)
     tokens = q.shape[2]
     form = ("step" if tokens == 1 else "chunk") if form == "auto" else form
-    implementation, refused = choose("scan", IMPLEMENTATIONS, impl, {"q": q, "form": form})
+    implementation, refused = choose("scan", IMPLEMENTATIONS, impl, {"q": q, "v": v, "beta": beta, "form": form})
     per_head = any(x is not None and x.shape[0 if x.ndim < 3 else 1] == q.shape[1] for x in (log_decay, beta))
     states = q.shape[1] if per_head else k.shape[1]
     decay = None if log_decay is None else _spread(_decay_4d(log_decay), states)
