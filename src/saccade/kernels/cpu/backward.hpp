@@ -13,8 +13,6 @@ namespace saccade::SACCADE_ISA {
 constexpr int STEP = 64;  // queries of a step, at most
 constexpr int STEP_PANELS = STEP / PANEL;
 
-INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
 // Row strides are an odd number of vectors, so that rows in succession fall into different sets of the cache.
 INLINE int64_t stride_for(int64_t elements) { return ((elements + LANES - 1) / LANES | 1) * LANES; }
 

@@ -5,15 +5,14 @@
 
 namespace saccade::SACCADE_ISA {
 
-INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-INLINE vh narrow_bf16(vf x) {
+// fp32 to bf16, to nearest even; unlike `narrow_bf16` NaN stays NaN on every instruction set, and subnormals are kept.
+INLINE vh round_bf16(vf x) {
   vu bits = (vu)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return __builtin_convertvector(x == x ? rounded : vu{} + 0x7fc0u, vh);
 }
 
 // fp32 to fp16, to nearest even, subnormals, infinities and NaN included.
-INLINE vh narrow_fp16(vf x) {
+INLINE vh round_fp16(vf x) {
 #if defined(__AVX512F__)
   return (vh)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
@@ -56,7 +55,7 @@ INLINE void store_some(char* row, int64_t first, int64_t count, int32_t storage,
     return;
   }
   uint16_t* to = reinterpret_cast<uint16_t*>(row) + first;
-  vh half = storage == BF16 ? narrow_bf16(x) : narrow_fp16(x);
+  vh half = storage == BF16 ? round_bf16(x) : round_fp16(x);
   if (count >= LANES) {
     *reinterpret_cast<vh_any*>(to) = half;
     return;

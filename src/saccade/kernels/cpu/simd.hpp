@@ -22,6 +22,8 @@ typedef uint16_t vh_any __attribute__((vector_size(2 * SACCADE_LANES), aligned(2
 
 constexpr float INF = __builtin_inff();
 
+INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
 INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
 INLINE vf splat(float x) { return x - vf{}; }
