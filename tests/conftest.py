@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
+
+from saccade.kernels import cpu
+
+
+def pytest_configure() -> None:
+    """Run everything on one instruction set, or with so many threads, where tools/sanitize.py asks for it."""
+    name, threads = os.environ.get("SACCADE_TEST_INSTRUCTION_SET"), os.environ.get("SACCADE_TEST_THREADS")
+    if name is not None and cpu.use(name) is None:
+        pytest.exit(f"SACCADE_TEST_INSTRUCTION_SET={name}: not on this machine", returncode=2)
+    if threads is not None:
+        torch.set_num_threads(int(threads))
 
 
 def byte_tokenizer() -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
@@ -21,11 +19,12 @@ def test_rounds_are_interleaved_and_rotate():
     assert [len(values) for values in found.values()] == [3, 3]
 
 
-def test_something_may_run_untimed_before_every_call():
+def test_something_may_run_untimed_before_every_call(monkeypatch):
     seen = []
-    found = interleaved({"a": lambda: seen.append("a")}, rounds=2, before=lambda: seen.append("-") or time.sleep(0.05))
-    assert seen == ["-", "a"] * 3
-    assert max(found["a"]) < 0.05
+    monkeypatch.setattr("saccade.bench.measure.time.perf_counter", lambda: float(len(seen)))
+    found = interleaved({"a": lambda: seen.append("a")}, rounds=2, before=lambda: seen.extend("----"))
+    assert "".join(seen) == "----a" * 3
+    assert found == {"a": [1.0, 1.0]}
 
 
 def test_median_of_even_and_odd():

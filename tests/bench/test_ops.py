@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 import torch
@@ -14,28 +13,42 @@ from saccade.kernels import cpu
 from saccade.ops import attend
 
 
-def sleeping(ours: float, **peers: float) -> Work:
-    def nap(seconds: float):
+class Clock:
+    """Time that passes only where a call says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def call(self, seconds: float):
         def run() -> torch.Tensor:
-            time.sleep(seconds)
+            self.now += seconds
             return torch.ones(3)
 
         return run
 
-    return Work(nap(ours), {name: Peer(nap(seconds)) for name, seconds in peers.items()}, flops=1e6, bytes=1000)
+    def work(self, ours: float, **peers: float) -> Work:
+        calls = {name: Peer(self.call(seconds)) for name, seconds in peers.items()}
+        return Work(self.call(ours), calls, flops=3e9, bytes=10**9)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("saccade.bench.measure.time.perf_counter", lambda: clock.now)
+    return clock
 
 
 def steady() -> float:
     return 100.0
 
 
-def test_ratios_say_how_much_longer_the_peers_take():
-    outcome = run_case(Case("a", lambda: sleeping(0.002, slow=0.02, fast=0.002)), 7, steady)
-    assert 6 < outcome.ratios["slow"] < 12
-    assert 0.7 < outcome.ratios["fast"] < 1.4
+def test_ratios_say_how_much_longer_the_peers_take(clock):
+    outcome = run_case(Case("a", lambda: clock.work(2.0, slow=20.0, fast=1.0)), 7, steady)
+    assert outcome.ours == 2.0
+    assert outcome.ratios == {"slow": 10.0, "fast": 0.5}
     assert outcome.errors == {"slow": 0.0, "fast": 0.0}
-    assert outcome.gflops == pytest.approx(1e6 / outcome.ours / 1e9)
-    assert outcome.gbytes == pytest.approx(1000 / outcome.ours / 1e9)
+    assert outcome.gflops == 1.5
+    assert outcome.gbytes == 0.5
     assert not outcome.noisy
     rows = outcome.rows()
     assert [row[4] for row in rows] == ["fast", "slow"]
@@ -43,26 +56,28 @@ def test_ratios_say_how_much_longer_the_peers_take():
     assert outcome.to_json()["ratios"] == outcome.ratios
 
 
-def test_a_share_of_a_peers_time_is_what_counts():
-    work = sleeping(0.01)
-    work.peers["quarter"] = Peer(lambda: time.sleep(0.01), 0.25, same=False)
-    assert 0.15 < run_case(Case("a", lambda: work), 7, steady).ratios["quarter"] < 0.4
+def test_a_share_of_a_peers_time_is_what_counts(clock):
+    work = clock.work(2.0)
+    work.peers["quarter"] = Peer(clock.call(4.0), 0.25, same=False)
+    outcome = run_case(Case("a", lambda: work), 7, steady)
+    assert outcome.ratios == {"quarter": 0.5}
+    assert outcome.errors == {}
 
 
 @pytest.mark.parametrize(
     ("readings", "noisy", "taken"),
     [([100, 91], False, 2), ([100, 85, 100, 95], False, 4), ([100, 120, 100, 80], True, 4)],
 )
-def test_a_case_is_run_again_where_the_thermometer_moved(readings, noisy, taken):
+def test_a_case_is_run_again_where_the_thermometer_moved(clock, readings, noisy, taken):
     left = list(readings)
-    outcome = run_case(Case("a", lambda: sleeping(0.0)), 1, lambda: float(left.pop(0)))
+    outcome = run_case(Case("a", lambda: clock.work(1.0)), 1, lambda: float(left.pop(0)))
     assert outcome.noisy is noisy
     assert len(readings) - len(left) == taken
     assert outcome.thermometer == tuple(readings[taken - 2 :])
     assert outcome.rows()[0][0] == ("a (noisy)" if noisy else "a")
 
 
-def test_cases_and_peers_that_cannot_run_say_why():
+def test_cases_and_peers_that_cannot_run_say_why(clock):
     def prepare() -> Work:
         raise ValueError("no engine")
 
@@ -76,7 +91,7 @@ def test_cases_and_peers_that_cannot_run_say_why():
     def broken() -> None:
         raise RuntimeError("no kernel\nand a long trace")
 
-    work = sleeping(0.0)
+    work = clock.work(1.0)
     work.peers["broken"] = Peer(broken)
     outcome = run_case(Case("a", lambda: work), 1, steady)
     assert outcome.skipped == {"broken": "RuntimeError: no kernel"}
