@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from saccade.mechanisms.where import neighborhood
+from saccade.mechanisms.where import _grids, neighborhood
 from saccade.mechanisms.where.neighborhood import Neighborhood
 from saccade.types import BlockLayout, Geometry, TokenIndex
 
@@ -74,7 +74,7 @@ CASES = [
 @pytest.mark.parametrize("cost", [1e-9, 1e9])  # lists of neighbours, blocks
 @pytest.mark.parametrize(("grid", "kernel", "stride", "dilation", "causal"), CASES)
 def test_equals_the_masked_dense(grid, kernel, stride, dilation, causal, cost, monkeypatch):
-    monkeypatch.setattr(neighborhood, "GATHER_COST", cost)
+    monkeypatch.setattr(_grids, "GATHER_COST", cost)
     neighborhood._pattern.cache_clear()
     mask = oracle_mask(grid, kernel, stride, dilation, causal)
     q, k, v = inputs(len(mask))
