@@ -16,6 +16,9 @@ from saccade.ops import block_attend
 from saccade.ops.checks import accumulation_dtype, check_qkv, check_segments
 from saccade.ops.dispatch import RunRecord, is_recording, record
 from saccade.types import AttentionOutput, BlockLayout, Geometry
+from saccade.types.bits import pack_bits
+from saccade.types.layout import FULL
+from saccade.types.layout_algebra import make
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,31 +131,66 @@ def regions_layout(chosen: Tensor, rows: Regions, columns: Regions, block: int) 
         _sums_over_blocks(q_there[..., None], q_labels, block)
         * _sums_over_blocks(k_there[..., None], k_labels, block).mT
     )
-    full, some = (found == possible) & (found > 0), (found > 0) & (found < possible)
     queries, keys = q_labels.shape[-1], k_labels.shape[-1]
-    layout = BlockLayout.from_block_mask(full, block, block, queries, keys)
-    if not bool(some.any()):
+    full, some = (found > 0) & (found == possible), (found > 0) & (found < possible)
+    first, last = _ends(k_labels, block)
+    single = (first == last)[..., None, :]
+    layout = _whole_columns(chosen, q_labels, full, some & single, first, block, keys)
+    mixed = some & ~single
+    if not bool(mixed.any()):
         return layout
 
-    def mixed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def pairs(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         row = q_labels[b % q_labels.shape[0], h % q_labels.shape[1], i]
         column = k_labels[b % k_labels.shape[0], h % k_labels.shape[1], j]
         return chosen[b % chosen.shape[0], h % chosen.shape[1], row, column]
 
-    candidates = BlockLayout.from_block_mask(some, block, block, queries, keys)
+    candidates = BlockLayout.from_block_mask(mixed, block, block, queries, keys)
     return layout | BlockLayout.from_mask_mod(
-        mixed, queries, keys, batch=candidates.batch, heads=candidates.heads, block=block, candidates=candidates
+        pairs, queries, keys, batch=candidates.batch, heads=candidates.heads, block=block, candidates=candidates
     )  # fmt: skip
+
+
+def _ends(labels: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Regions of the first and of the last token of every block: `[B or 1, heads or 1, blocks]` each."""
+    first = torch.arange(0, labels.shape[-1], block, device=labels.device)
+    return labels[..., first], labels[..., (first + block - 1).clamp(max=labels.shape[-1] - 1)]
+
+
+def _whole_columns(
+    chosen: Tensor, q_labels: Tensor, full: Tensor, some: Tensor, region: Tensor, block: int, keys: int
+) -> BlockLayout:
+    """The layout of full blocks, and of those whose keys are all of one `region`, so that whole rows are masked.
+
+    The masks of such blocks differ by (block of queries, region) alone, so that few are stored.
+    """
+    batch, heads, query_blocks, _ = full.shape
+    entries = (full | some).nonzero()
+    b, h, i, j = some.nonzero().unbind(1)
+    column = region[b % region.shape[0], h % region.shape[1], j]
+    code = ((b * heads + h) * query_blocks + i) * chosen.shape[3] + column
+    distinct, which = torch.unique(code, return_inverse=True)
+    row, column = distinct // chosen.shape[3], distinct % chosen.shape[3]
+    b, h, i = row // (heads * query_blocks), row // query_blocks % heads, row % query_blocks
+    token = (i[:, None] * block + torch.arange(block, device=chosen.device)).clamp(max=q_labels.shape[-1] - 1)
+    b, h = b[:, None], h[:, None]
+    label = q_labels[b % q_labels.shape[0], h % q_labels.shape[1], token]
+    rows = chosen[b % chosen.shape[0], h % chosen.shape[1], label, column[:, None]]
+    bits = [pack_bits(part[..., None].expand(-1, -1, block)) for part in rows.split(max(1, 2**24 // block**2))]
+    kinds = torch.full(full.shape, FULL, device=chosen.device)
+    kinds[some] = which
+    sizes = {"batch": batch, "heads": heads, "queries": q_labels.shape[-1], "keys": keys, "block": (block, block)}
+    place = (entries[:, 0] * heads + entries[:, 1]) * query_blocks + entries[:, 2]
+    return make(place, entries[:, 3], kinds[tuple(entries.T)].int(), torch.cat(bits), sizes)
 
 
 def _sums_over_blocks(values: Tensor, labels: Tensor, block: int) -> Tensor:
     """Sums of `[..., R, C]` over the regions that each block of tokens spans: int32 `[..., blocks, C]`."""
-    starts = torch.arange(0, labels.shape[-1], block, device=labels.device)
-    low, high = labels[..., starts], labels[..., (starts + block - 1).clamp(max=labels.shape[-1] - 1)] + 1
+    low, high = _ends(labels, block)
     running = torch.nn.functional.pad(values.cumsum(-2, dtype=torch.int32), (0, 0, 1, 0))
-    shape = (*torch.broadcast_shapes(running.shape[:2], labels.shape[:2]), len(starts), running.shape[-1])
+    shape = (*torch.broadcast_shapes(running.shape[:2], labels.shape[:2]), low.shape[-1], running.shape[-1])
     running = running.expand(*shape[:2], -1, -1)
-    return running.gather(2, high[..., None].expand(shape)) - running.gather(2, low[..., None].expand(shape))
+    return running.gather(2, (high[..., None] + 1).expand(shape)) - running.gather(2, low[..., None].expand(shape))
 
 
 class Plan(NamedTuple):
