@@ -22,8 +22,13 @@ def page() -> str:
             lines += ["", f"## {room}", ""]
             lines += ["| name | what | patterns | supports | drop-in | dense when | work | paper |", "|" + "---|" * 8]
             lines += [row(card) for card in found]
-            lines += [""] + [f"- `{card.name}`: {line}" for card in found for line in card.deviations]
+            lines += [""] + [f"- `{card.name}`: {line}" for card in found for line in remarks(card)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def remarks(card: Card) -> tuple[str, ...]:
+    """What a reader must know beside the table."""
+    return ((f"Prefill only: {card.prefill_only}",) if card.prefill_only else ()) + card.deviations
 
 
 def row(card: Card) -> str:

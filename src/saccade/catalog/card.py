@@ -54,6 +54,9 @@ class Card:
         complexity: Counted work in N, such as "N", "N log N", "N^1.5", "N^2".
         deviations: Where it departs from the paper, and why.
         heads_differ: Heads are treated differently by their number, so that their order matters.
+        heads_share: The query heads of a key/value head choose together, so that GQA differs from repeated heads.
+        prefill_only: In words, how a choice for earlier tokens depends on later ones; "" if it does not. Such a
+            mechanism takes whole prompts (as many queries as keys), keeps neither law 4 nor law 5, and is not tuned.
         example: Settings that fit a small problem; the laws build the mechanism from them.
         exact: `N -> settings` at which it equals dense attention on N tokens, or None.
         ladder: `N -> settings, ...` from the least to the most computed: what `tune` tries and what law 6 climbs.
@@ -75,6 +78,8 @@ class Card:
     complexity: str = ""
     deviations: tuple[str, ...] = ()
     heads_differ: bool = False
+    heads_share: bool = False
+    prefill_only: str = ""
     example: Settings = field(default_factory=dict)
     exact: Callable[[int], Settings] | None = None
     ladder: Callable[[int], tuple[Settings, ...]] | None = None
@@ -142,6 +147,8 @@ def _check(card: Card) -> None:
     for capability in card.supports:
         if capability not in CAPABILITIES:
             raise ValueError(f"{card.name}: supports={capability!r}: expected one of {sorted(CAPABILITIES)}")
+    if card.prefill_only and "streaming" in card.supports:
+        raise ValueError(f"{card.name}: supports='streaming': expected no such claim, it is for prefill only")
     if card.exact is not None and not card.exact_when:
         raise ValueError(f"{card.name}: exact_when='': expected words for the setting that `exact` gives")
 

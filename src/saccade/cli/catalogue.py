@@ -78,7 +78,7 @@ def card_json(card: Card) -> dict[str, Any]:
         "other_papers": list(card.other_papers), "year": card.year, "code": card.code,
         "patterns": sorted(card.patterns), "supports": sorted(card.supports), "training_free": card.training_free,
         "exact_when": card.exact_when, "complexity": card.complexity, "deviations": list(card.deviations),
-        "example": dict(card.example),
+        "prefill_only": card.prefill_only, "example": dict(card.example),
     }  # fmt: skip
 
 
@@ -107,6 +107,8 @@ def show_command(
     }  # fmt: skip
     for label, text in rows.items():
         console.print(f"[dim]{label:>17}[/]  {escape(text)}", highlight=False)
+    if card.prefill_only:
+        console.print(f"[dim]{'prefill only':>17}[/]  {escape(card.prefill_only)}", highlight=False)
     for line in card.deviations:
         console.print(f"[dim]{'deviation':>17}[/]  {escape(line)}", highlight=False)
     layout = _example_layout(card, tokens)

@@ -157,9 +157,12 @@ def independence(subject: Subject) -> str:
     if "gqa" in subject.card.supports:
         share = problem.q.shape[1] // problem.k.shape[1]
         repeated = [x.repeat_interleave(share, 1) for x in (problem.k, problem.v)]
-        out = subject.run(problem.having(problem.q, *repeated))
-        expect_close(out, whole, "grouped and repeated key/value heads")
-        checked.append("grouped heads")
+        q = problem.q
+        if subject.card.heads_share:
+            q = q[:, ::share].repeat_interleave(share, 1)
+            whole = subject.run(problem.having(q, problem.k, problem.v))
+        expect_close(subject.run(problem.having(q, *repeated)), whole, "grouped and repeated key/value heads")
+        checked.append("grouped heads that ask alike" if subject.card.heads_share else "grouped heads")
     return ", ".join(checked)
 
 

@@ -60,7 +60,8 @@ def causality(subject: Subject) -> str:
     subject.require_causal()
     lines = subject.card.deviations
     by_block = any(BLOCK_CAUSAL in line for line in lines)
-    values_only = any(NOT_CAUSAL in line for line in lines)
+    prefill_only = subject.card.prefill_only
+    values_only = bool(prefill_only) or any(NOT_CAUSAL in line for line in lines)
     step = grain(subject) if by_block else 1
     length = max(96, 4 * step)
     problem = subject.problem(queries=length)
@@ -72,6 +73,8 @@ def causality(subject: Subject) -> str:
             x[:, :, t:] = x[:, :, t:].flip(2) * 3 + 1
         out = subject.run(problem.having(*changed))
         expect_equal(out[:, :, :t], whole[:, :, :t], f"outputs before token {t} after later tokens changed")
+    if prefill_only:
+        raise NotApplicable(f"prefill only, later values alone were seen not to matter: {prefill_only}")
     if values_only:
         return f"later values only, because {NOT_CAUSAL} by its card: its weights depend on later queries and keys"
     return f"at block boundaries, every {step} tokens: {BLOCK_CAUSAL}" if by_block else ""
@@ -80,6 +83,8 @@ def causality(subject: Subject) -> str:
 def one_answer(subject: Subject) -> str:
     """5. Whole = in chunks = step by step = packed = left-padded."""
     subject.require_causal()
+    if subject.card.prefill_only:
+        raise NotApplicable(f"prefill only: {subject.card.prefill_only}")
     subject.require("streaming")
     problem = subject.problem(queries=96)
     whole = subject.run(problem)

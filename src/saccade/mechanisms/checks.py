@@ -34,7 +34,7 @@ def require_pattern(card: Card, q: Tensor, k: Tensor, geometry: Geometry) -> Non
         geometry: Causality and segments.
 
     Raises:
-        ValueError: Naming the pattern and those of the card.
+        ValueError: Naming the pattern and those of the card, or the sizes that are not those of a whole prompt.
     """
     causal = (Pattern.CAUSAL_SELF, Pattern.CAUSAL_CROSS) if geometry.causal else ()
     noncausal = () if geometry.causal else (Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS)
@@ -47,6 +47,11 @@ def require_pattern(card: Card, q: Tensor, k: Tensor, geometry: Geometry) -> Non
         raise ValueError(
             f"causal={geometry.causal} with {q.shape[2]} queries and {k.shape[2]} keys: "
             f"{card.name} is defined for {', '.join(sorted(card.patterns))}"
+        )
+    if card.prefill_only and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"{q.shape[2]} queries and {k.shape[2]} keys: expected as many, {card.name} is for prefill only: "
+            f"{card.prefill_only}"
         )
     if geometry.q_segments is not None and "segments" not in card.supports:
         raise ValueError(f"q_segments: {card.name} does not support packed sequences or padding")

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from saccade.catalog import get
 from saccade.plug.fingerprint import Fingerprint, fingerprint
 from saccade.plug.layers import attention_layers
 from saccade.plug.strict_json import MAX_BYTES, RecipeError, expect_keys, expect_object, frozen, parse, shown
@@ -96,14 +97,15 @@ class Recipe:
             model: A transformers model.
             mechanism: Registry name, or "dense".
             settings: Its hyperparameters.
-            decode: Use it for single queries too; else these stay dense.
+            decode: Use it for single queries too; else, and if it is for prefill only, these stay dense.
             about: Notes.
 
         Returns:
             The recipe, for this model only.
         """
         chosen = (Choice("all", mechanism, settings if settings is not None else {}),)
-        layer = LayerRecipe(chosen, chosen if decode else (Choice("all", DENSE),))
+        once = mechanism != DENSE and bool(get(mechanism).prefill_only)
+        layer = LayerRecipe(chosen, chosen if decode and not once else (Choice("all", DENSE),))
         text = model.config.get_text_config()
         names = [name for name, module in attention_layers(model).items() if module.config is text]
         return cls(fingerprint(model), dict.fromkeys(names, layer), {} if about is None else about)

@@ -93,6 +93,8 @@ def _why_not(card: Any) -> str | None:
         return "needs training"
     if Pattern.CAUSAL_SELF not in card.patterns:
         return "not causal"
+    if card.prefill_only:
+        return f"prefill only, so that the likelihood of a text does not measure it: {card.prefill_only}"
     if card.ladder is None:
         return "its card has no ladder of settings"
     return None

@@ -54,3 +54,13 @@ def block_visibility(
     stop = (start + block[1]).clamp(max=keys) - 1
     past = stop < first + keys - queries
     return past, (start <= last + keys - queries) & ~past
+
+
+def key_lists(kept: Tensor) -> Tensor:
+    """The kept keys of each row of bool `[B, H, R, N]`, ascending: int64 `[B, H, R, K]`, -1 behind shorter lists."""
+    counts = kept.sum(-1).flatten()
+    row, key = kept.flatten(0, 2).nonzero().unbind(1)
+    place = torch.arange(len(row), device=kept.device) - (counts.cumsum(0) - counts)[row]
+    lists = torch.full((len(counts), int(counts.max()) if len(counts) else 0), -1, device=kept.device)
+    lists[row, place] = key
+    return lists.view(*kept.shape[:3], lists.shape[1])
