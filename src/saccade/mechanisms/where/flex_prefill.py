@@ -38,7 +38,7 @@ def _ladder(n: int) -> tuple[dict[str, Any], ...]:
     exact_when="min_budget >= N",
     complexity="N^2",
     deviations=(
-        "Slash lines are pooled into blocks from the diagonal on, the authors' from the far end: the same if block | N.",
+        "Slash lines are pooled into blocks from the diagonal on, the authors' from the far end.",
         "The last row of blocks is pooled over its real tokens, the authors' key blocks over padding too.",
     ),
     example={"gamma": 0.5, "tau": 0.2, "block": 16, "min_budget": 16},

@@ -80,8 +80,9 @@ class MInference(Selector):
     """Three forms of sparse causal attention.
 
     - `a_shape`: the first `vertical` tokens and a window of `slash` tokens.
-    - `vertical_slash`: the `vertical` keys with the largest sums of A, attention of the last `last_queries` queries, and the `slash` distances with the largest sums of A along diagonals, each widened to a block of
-      queries: keys at distance s from any query of the block.
+    - `vertical_slash`: the `vertical` keys with the largest sums of A, the attention of the last `last_queries`
+      queries, and the `slash` distances with the largest sums of A along diagonals; a block of queries keeps the keys
+      at such a distance from any query of the block.
     - `block`: each block of queries keeps the `topk` key blocks with the largest mean(Q_i) . mean(K_j).
 
     Args:
