@@ -25,10 +25,14 @@ void pass(void* state, int64_t unit, int64_t step) {
   done.notify_all();
 }
 
-// Keys of a unit: as many as share the cost of fetching queries without leaving a core's cache; whole blocks of a layout.
+// Keys of a unit: enough to share the cost of fetching queries, of which a sparse layout's unit uses few keys each; but
+// what it keeps should stay near the core, and there should be units for many threads. By the shape alone, never by the
+// number of threads, for sums are in the order of spans.
 int64_t span_of(const Attention& p) {
-  int64_t span = p.dim + p.value_dim > 320 ? 128 : 256;
-  return p.indptr ? (span > p.block_k ? span / p.block_k * p.block_k : p.block_k) : span;
+  int64_t span = (p.indptr ? 1024 : 256) / (p.dim + p.value_dim > 320 ? 2 : 1);
+  while (span > 128 && p.batch * p.kv_heads * p.keys < (p.indptr ? 32 : 8) * span) span /= 2;
+  if (!p.indptr) return span;
+  return span > p.block_k ? span / p.block_k * p.block_k : p.block_k;
 }
 
 // Units find their entries by bisection, and address their scratch by what they find.
