@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saccade.tune.candidates import DENSE, Candidate
-from saccade.tune.confirm import MARGIN, Search, make_choices, make_recipe
+from saccade.tune.confirm import MARGIN, Search, count_keys, make_choices, make_recipe
 from saccade.tune.score import CandidateScore
 from saccade.tune.search import Choices, evaluate
 
@@ -105,3 +105,8 @@ def test_where_nothing_is_faster_nothing_is_measured():
     assert best.chosen.eq(0).all()
     assert search.trials == []
     assert search.kept is None
+
+
+def test_keys_are_counted_by_length():
+    found = count_keys([32, 64, 64], [True, False, True], [True, True, True])
+    assert found == {32: (1, 1, 1), 64: (1, 2, 2)}

@@ -212,3 +212,12 @@ def rise_of(model: Any, recipe: Recipe, windows: Tensor, dense_nll: float) -> fl
     """Relative rise in perplexity of a recipe on windows `[W, N]`."""
     with apply(model, recipe):
         return math.exp(language_score(model, windows).nll - dense_nll) - 1
+
+
+def count_keys(lengths: list[int], mine: list[bool], dense: list[bool]) -> dict[int, tuple[int, int, int]]:
+    """For each prompt length: keys found by a recipe, found by dense attention, and asked."""
+    counts = {}
+    for length in dict.fromkeys(lengths):
+        places = [place for place, other in enumerate(lengths) if other == length]
+        counts[length] = sum(mine[p] for p in places), sum(dense[p] for p in places), len(places)
+    return counts

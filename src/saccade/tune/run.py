@@ -16,7 +16,7 @@ from saccade.plug import Recipe, apply, attention_layers, fingerprint, patchable
 from saccade.report import require_packages, write_report
 from saccade.tune.calibrate import Calibration, score_model
 from saccade.tune.candidates import DENSE, Candidate, dense_candidate, every_other, find_candidates
-from saccade.tune.confirm import Search, Trial, make_choices, make_recipe, rise_of
+from saccade.tune.confirm import Search, Trial, count_keys, make_choices, make_recipe, rise_of
 from saccade.tune.crossover import crossover_lengths
 from saccade.tune.heldout import ARMS, Runner, measure_passkeys, measure_window
 from saccade.tune.pictures import draw_examples, pick_heads
@@ -228,11 +228,7 @@ class _Job:
 
         def retrieve(assignment: Assignment) -> dict[int, tuple[int, int, int]]:
             dense, mine = ask("dense", exact), ask(_name(assignment), recipe_of(assignment))
-            counts = {}
-            for length in dict.fromkeys(prompt.length for prompt in prompts):
-                places = [place for place, prompt in enumerate(prompts) if prompt.length == length]
-                counts[length] = sum(mine[p] for p in places), sum(dense[p] for p in places), len(places)
-            return counts
+            return count_keys([prompt.length for prompt in prompts], mine, dense)
 
         with self.progress.stage("search and confirm", self.settings.confirmations + 1):
             nll = self._kept("rise", "dense", dense_nll)
@@ -265,10 +261,9 @@ class _Job:
         with self.progress.stage("measure on held-out text", len(windows) + len(ARMS)):
             splits = {}
             for name in ARMS:  # also warms both arms up
-                split = self._kept(
-                    "split", name + recipe_key, lambda name=name: asdict(runner.split(windows[:1], name))
+                splits[name] = self._kept(
+                    "split", name + recipe_key, lambda arm=name: asdict(runner.split(windows[:1], arm))
                 )
-                splits[name] = split
                 self.progress.step(f"time split, {name}")
             rounds = []
             for number, window in enumerate(windows):
