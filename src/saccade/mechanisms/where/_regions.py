@@ -211,6 +211,10 @@ class RegionSelector(Selector):
     def plan(self, q: Tensor, k: Tensor, geometry: Geometry) -> Plan:
         """The orders of queries and keys, and the layout between them."""
 
+    def plan_with_values(self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Plan:  # noqa: ARG002
+        """The plan of a call, for the few whose choice also looks at the values `[B, G, N, E]`."""
+        return self.plan(q, k, geometry)
+
     def select(self, q: Tensor, k: Tensor, geometry: Geometry) -> BlockLayout:
         """The pairs to compute, in the moved order."""
         return self.plan(q, k, geometry).layout
@@ -224,7 +228,7 @@ class RegionSelector(Selector):
         check_segments(q, k, geometry.q_segments, geometry.kv_segments)
         require_pattern(self.card, q, k, geometry)
         started = time.perf_counter()
-        plan = self.plan(q.detach(), k.detach(), geometry)
+        plan = self.plan_with_values(q.detach(), k.detach(), v.detach(), geometry)
         if is_recording():
             record(RunRecord("select", self.card.name, select_seconds=time.perf_counter() - started))
         return attend_moved(q, k, v, plan, scale=scale, return_lse=return_lse, impl=impl)
