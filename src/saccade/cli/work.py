@@ -245,7 +245,7 @@ def bench_command(
             table.add_row(*row)
         console.print(table)
     for key, value in machine.items():
-        console.print(f"[dim]{key:>14}[/]  {value}", highlight=False)
+        console.print(f"[dim]{key:>16}[/]  {value}", highlight=False)
 
 
 def _said(outcome: Any) -> None:
