@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from saccade.catalog import Card, cards, get, register, search
 from saccade.mechanisms.compose import Attention
-from saccade.ops import attend, block_attend, gather_attend, long_conv, merge, recording, scan
-from saccade.types import AttentionOutput, BlockLayout, Geometry, Kind, Pattern, TokenIndex
+from saccade.ops import attend, block_attend, decode_attend, gather_attend, long_conv, merge, recording, scan
+from saccade.types import AttentionOutput, BlockLayout, Geometry, Kind, KVPages, Pattern, TokenIndex
 
 if TYPE_CHECKING:
     from saccade.bench import compare
@@ -31,9 +31,9 @@ _LATER = {
 }
 
 __all__ = [
-    "Attention", "AttentionOutput", "BlockLayout", "Card", "Geometry", "Kind", "Pattern", "Recipe", "TokenIndex",
-    "apply", "attend", "block_attend", "cards", "compare", "explain", "gather_attend", "get", "long_conv", "merge",
-    "recording", "register", "scan", "search", "tune", "verify",
+    "Attention", "AttentionOutput", "BlockLayout", "Card", "Geometry", "KVPages", "Kind", "Pattern", "Recipe",
+    "TokenIndex", "apply", "attend", "block_attend", "cards", "compare", "decode_attend", "explain", "gather_attend",
+    "get", "long_conv", "merge", "recording", "register", "scan", "search", "tune", "verify",
 ]  # fmt: skip
 
 

@@ -91,7 +91,7 @@ class TokenIndex:
     """Lists of keys: query group g attends to `indices[b, h, g]`.
 
     Args:
-        indices: int64 `[B or 1, H or 1, ceil(M / group), K]`, key positions in [0, N); -1 marks an empty slot.
+        indices: int64 `[B or 1, H or G or 1, ceil(M / group), K]`, key positions in [0, N); -1 marks an empty slot.
             A position appears at most once in a list.
         queries: M.
         keys: N.

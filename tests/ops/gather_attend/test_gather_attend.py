@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from saccade.kernels import cpu
 from saccade.ops import attend, gather_attend, recording
 from saccade.types import TokenIndex
 
 INF = float("inf")
+native = pytest.mark.skipif(cpu.missing() is not None, reason=f"no C++ engine: {cpu.missing()}")
 FP64 = torch.float64
 
 
@@ -47,7 +49,9 @@ def oracle(q, k, v, index, softcap=None, sinks=None, scale=0.5):  # noqa: ANN001
     for b in range(batch):
         for h in range(heads):
             for i in range(queries):
-                chosen = index.indices[b % len(index.indices), h % index.indices.shape[1], i // index.group].tolist()
+                chosen = index.indices[
+                    b % len(index.indices), h * index.indices.shape[1] // heads, i // index.group
+                ].tolist()
                 last = i + index.keys - queries if index.causal else index.keys
                 js = [j for j in chosen if 0 <= j <= last]
                 logits = [(q[b, h, i] * k[b, h // share, j]).sum() * scale for j in js]
@@ -72,6 +76,7 @@ INDICES = {
     "shared groups": lists(batch=1, heads=1, group=3, causal=True),
     "one group": lists(group=9, length=9, causal=True),
     "no slots": lists(length=0),
+    "per key/value head": lists(heads=2, group=2, causal=True),
 }
 
 
@@ -93,6 +98,36 @@ def test_outputs_and_gradients_agree_with_the_oracle(index, extras, workspace, i
         gradients.append(torch.autograd.grad(loss, leaves))
     torch.testing.assert_close(tuple(result), expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-10)
+
+
+@native
+@pytest.mark.quick
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize(
+    "index", [x for x in INDICES.values() if x.indices.numel()], ids=[n for n in INDICES if n != "no slots"]
+)
+def test_the_engine_agrees_with_the_oracle(index, extras):
+    leaves = [x.detach().float().requires_grad_() for x in problem()]
+    rules = {"softcap": 1.5, "sinks": draw(4, seed=8)} if extras else {}
+    with recording() as records:
+        result = gather_attend(*leaves, index, **rules, scale=0.5, return_lse=True)
+    assert records[0].impl == "cpu"
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    expected = oracle(*exact, index, **rules)
+    torch.testing.assert_close(tuple(result), expected, rtol=0, atol=2e-6, check_dtype=False)
+    gradients = [torch.autograd.grad(out.square().sum(), of) for (out, _), of in ((result, leaves), (expected, exact))]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-5, check_dtype=False)
+
+
+@native
+@pytest.mark.quick
+def test_the_engine_refuses_lists_that_point_outside():
+    q, k, v = problem(dtype=torch.float32)
+    outside = lists().indices.masked_fill(lists().indices == 3, 9)
+    with pytest.raises(ValueError, match=r"index.indices in \[-1, 9\]: expected -1 or positions in \[0, 9\)"):
+        gather_attend(q, k, v, TokenIndex(outside, 7, 9), impl="cpu")
+    with pytest.raises(ValueError, match=r"impl='cpu': gather_attend cannot run it here: .* q is fp64"):
+        gather_attend(*problem(), lists(), impl="cpu")
 
 
 @pytest.mark.quick
@@ -220,11 +255,12 @@ def test_record():
 
 class TestOperator:
     @pytest.mark.parametrize("full", [False, True])
-    def test_opcheck(self, full):
+    @pytest.mark.parametrize("impl", ["eager", pytest.param("cpu", marks=native)])
+    def test_opcheck(self, impl, full):
         q, k, v = problem(1, 2, 1, 3, 4, dtype=torch.float32, grad=True)
         index = lists(1, 2, 3, 4, group=2, length=2)
         sinks = torch.zeros(2, requires_grad=True) if full else None
-        call = (q, k, v, index.indices, sinks, 2, full, 1.0 if full else None, 0.5, 2**20)
+        call = (q, k, v, index.indices, sinks, 2, full, 1.0 if full else None, 0.5, 2**20, impl)
         torch.library.opcheck(torch.ops.saccade.gather_attend.default, call)
 
     def test_compiles_whole(self):
@@ -248,8 +284,14 @@ class TestOperator:
         ({"v": torch.zeros(2, 2, 8, 3)}, r"v of shape \(2, 2, 8, 3\): expected \(2, 2, 9\)"),
         ({"index": torch.zeros(1)}, r"index of type Tensor: expected a TokenIndex"),
         ({"index": lists(queries=6)}, r"index for 6 queries and 9 keys: expected 7 and 9"),
-        ({"index": lists(batch=3)}, r"index.indices of shape \(3, 4, 7, 4\): expected batch 2 or 1 and heads 4 or 1"),
-        ({"index": lists(heads=2)}, r"index.indices of shape \(2, 2, 7, 4\): expected batch 2 or 1 and heads 4 or 1"),
+        (
+            {"index": lists(batch=3)},
+            r"index.indices of shape \(3, 4, 7, 4\): expected batch 2 or 1 and heads 4, 2 or 1",
+        ),
+        (
+            {"index": lists(heads=3)},
+            r"index.indices of shape \(2, 3, 7, 4\): expected batch 2 or 1 and heads 4, 2 or 1",
+        ),
         ({"index": TokenIndex(torch.full((1, 1, 7, 1), 9), 7, 9)}, r"index.indices in \[9, 9\]: expected -1 or"),
         (
             {"index": TokenIndex(torch.zeros(1, 1, 7, 1, dtype=torch.int64, device="meta"), 7, 9)},
@@ -259,7 +301,7 @@ class TestOperator:
         ({"sinks": torch.zeros(2)}, r"sinks of shape \(2,\): expected \[4\]"),
         ({"scale": math.nan}, r"scale=nan: expected a finite number"),
         ({"workspace": 0}, r"workspace=0: expected at least 1 byte"),
-        ({"impl": "fast"}, r"impl='fast': gather_attend has 'auto', 'eager', 'reference'"),
+        ({"impl": "fast"}, r"impl='fast': gather_attend has 'auto', 'cpu', 'eager', 'reference'"),
     ],
 )
 def test_bad_calls_are_refused(bad, message):

@@ -46,6 +46,21 @@ class Attention(ctypes.Structure):
         ("block_q", _size), ("block_k", _size),
     )  # fmt: skip
 
+    def point(self, bias: Tensor | None, segments: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+        """Take up a bias and segment ids; returns what must outlive the call."""
+        alive: list[Tensor] = []
+        if bias is not None:
+            alive.append(bias.float().expand(self.batch, self.heads, self.queries, self.keys))
+            self.bias = alive[-1].data_ptr()
+            self.bias_stride = (_size * 4)(*alive[-1].stride())
+        if segments is not None:
+            q_ids, kv_ids = (ids.int().expand(self.batch, -1) for ids in segments)
+            q_ids, kv_ids = (ids if ids.stride(1) == 1 else ids.contiguous() for ids in (q_ids, kv_ids))
+            alive += [q_ids, kv_ids]
+            self.q_segments, self.q_segment_stride = q_ids.data_ptr(), q_ids.stride(0)
+            self.kv_segments, self.kv_segment_stride = kv_ids.data_ptr(), kv_ids.stride(0)
+        return alive
+
 
 class Rules(TypedDict, total=False):
     """What fixes the scores beside q and k."""
@@ -87,17 +102,7 @@ def describe(
         batch, heads, k.shape[1], queries, keys, dim, value_dim, STORAGE[q.dtype], torch.get_num_threads(),
         Rows.of(q), Rows.of(k), Rows.of(v), None, None, scale, 0.0 if softcap is None else softcap, left, right,
     )  # fmt: skip
-    alive = [q, k, v]
-    if bias is not None:
-        alive.append(bias.float().expand(batch, heads, queries, keys))
-        problem.bias = alive[-1].data_ptr()
-        problem.bias_stride = (_size * 4)(*alive[-1].stride())
-    if segments is not None:
-        q_ids, kv_ids = (ids.int().expand(batch, -1) for ids in segments)
-        q_ids, kv_ids = (ids if ids.stride(1) == 1 else ids.contiguous() for ids in (q_ids, kv_ids))
-        alive += [q_ids, kv_ids]
-        problem.q_segments, problem.q_segment_stride = q_ids.data_ptr(), q_ids.stride(0)
-        problem.kv_segments, problem.kv_segment_stride = kv_ids.data_ptr(), kv_ids.stride(0)
+    alive = [q, k, v, *problem.point(bias, segments)]
     if layout is not None:
         for name, x in checked(layout).items():
             alive.append(x)

@@ -3,6 +3,7 @@
 #include "problem.hpp"
 #include "problem_backward.hpp"
 #include "problem_scan.hpp"
+#include "problem_decode.hpp"
 
 namespace saccade {
 
@@ -38,6 +39,11 @@ struct Engine {
   void (*backward)(const AttentionBackward&, char* scratch, const Turns&, int64_t unit, int64_t before, int64_t b, int64_t g,
                    int64_t first, int64_t count, int64_t span);
   ScanEngine scan;
+  int64_t decode_rows;                                            // queries of a unit, at most
+  int64_t (*decode_scratch)(const Decode&, int64_t rows);         // bytes per thread
+  int64_t (*decode_partial)(const Decode&, int64_t rows);         // floats of a unit's result
+  void (*decode)(const Decode&, const Part&, char* scratch, float* partial);
+  void (*decode_join)(const Decode&, const Part&, const float* partials, int64_t partial_size, int64_t parts);
 };
 
 extern const Engine* engine;  // in use

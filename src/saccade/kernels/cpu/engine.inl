@@ -1,6 +1,7 @@
 // The whole engine for one instruction set; an isa_*.cpp says which.
 #include "attend.hpp"
 #include "backward.hpp"
+#include "decode.hpp"
 #include "engine.hpp"
 #include "scan_engine.hpp"
 
@@ -26,6 +27,20 @@ static void backward(const AttentionBackward& p, char* memory, const Turns& turn
   run(p, memory, turns, unit, before, b, g, first, count, span);
 }
 
+static int64_t decode_scratch(const Decode& p, int64_t rows) {
+  return works_in_pairs(p) ? Stream<HalfPairs>::lay_out(p, rows, nullptr, nullptr)
+                           : Stream<Floats>::lay_out(p, rows, nullptr, nullptr);
+}
+
+static int64_t decode_partial(const Decode& p, int64_t rows) { return (rows * (padded(p.a.value_dim) + 2) + 15) / 16 * 16; }
+
+static void decode(const Decode& p, const Part& part, char* memory, float* partial) {
+  if (works_in_pairs(p))
+    Stream<HalfPairs>(p, part, memory, partial).run();
+  else
+    Stream<Floats>(p, part, memory, partial).run();
+}
+
 static const Engine ENGINE = {
     .name = SACCADE_NAME,
     .lanes = LANES,
@@ -36,6 +51,11 @@ static const Engine ENGINE = {
     .backward_scratch = backward_scratch,
     .backward = backward,
     .scan = SCAN,
+    .decode_rows = ROWS,
+    .decode_scratch = decode_scratch,
+    .decode_partial = decode_partial,
+    .decode = decode,
+    .decode_join = join,
 };
 
 }  // namespace saccade::SACCADE_ISA

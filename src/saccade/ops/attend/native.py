@@ -14,8 +14,8 @@ from saccade.ops.attend.eager import Rules
 MISSING = cpu.missing()
 """Why there is no engine, or None; known at import, so that compiled code may ask."""
 
-FEWEST_QUERIES = 16
-"""Below, most lanes of the engine's panels are idle and PyTorch's kernel is faster."""
+FEW_QUERIES = 16
+"""Below, most lanes of the engine's panels would be idle: the kernel for decoding serves."""
 
 
 def refuses(call: Mapping[str, Any]) -> str | None:
@@ -26,8 +26,6 @@ def refuses(call: Mapping[str, Any]) -> str | None:
             return f"{name} is not in the C++ engine"
     if call["dropout"] > 0:
         return "dropout is not in the C++ engine"
-    if q.shape[2] < FEWEST_QUERIES:
-        return f"{q.shape[2]} queries: below {FEWEST_QUERIES} the C++ engine is not the fastest"
     if 0 in q.shape or 0 in k.shape or call["v"].shape[3] == 0:
         return "the problem is empty"
     return unusable(q)
@@ -54,7 +52,8 @@ def _arguments(rules: Rules) -> cpu.Rules:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
     """As `eager.forward`, for the calls that `refuses` lets through."""
-    out, lse = cpu.attention(q, k, v, **_arguments(rules))
+    run = cpu.decoding if q.shape[2] < FEW_QUERIES else cpu.attention
+    out, lse = run(q, k, v, **_arguments(rules))
     if rules.sinks is not None:
         joint = torch.logaddexp(lse, rules.sinks.float()[:, None])
         out = out * torch.exp(lse - joint.masked_fill(joint == -torch.inf, 0.0))[..., None]

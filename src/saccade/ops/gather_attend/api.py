@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, overload
 
 from torch import Tensor
@@ -11,30 +12,34 @@ from saccade.ops.attend.reference import reference_attention
 from saccade.ops.attend.validate import check_scale, check_sinks, check_softcap, check_workspace
 from saccade.ops.checks import check_qkv, resolve_scale
 from saccade.ops.dispatch import Implementation, RunRecord, choose, is_recording, record
-from saccade.ops.gather_attend import operator
+from saccade.ops.gather_attend import native, operator
 from saccade.types import AttentionOutput, TokenIndex
 
 Call = Mapping[str, Any]
 
 
-def _run_eager(call: Call) -> tuple[Tensor, Tensor]:
+def _run(impl: str, call: Call) -> tuple[Tensor, Tensor]:
     index, softcap = call["index"], call["softcap"]
     return operator.gather_attend_op(
         call["q"], call["k"], call["v"], index.indices, call["sinks"], index.group, index.causal,
         None if softcap is None else float(softcap), resolve_scale(call["scale"], call["q"].shape[3]),
-        call["workspace"],
+        call["workspace"], impl,
     )  # fmt: skip
 
 
 def _run_reference(call: Call) -> tuple[Tensor, Tensor]:
+    mask = call["index"].to_dense()
+    if mask.shape[1] == call["k"].shape[1]:
+        mask = mask.repeat_interleave(call["q"].shape[1] // mask.shape[1], 1)
     return reference_attention(
-        call["q"], call["k"], call["v"], call["index"].to_dense(),
+        call["q"], call["k"], call["v"], mask,
         scale=resolve_scale(call["scale"], call["q"].shape[3]), softcap=call["softcap"], sinks=call["sinks"],
     )  # fmt: skip
 
 
 IMPLEMENTATIONS = {
-    "eager": Implementation("eager", _run_eager),
+    "cpu": Implementation("cpu", partial(_run, "cpu"), native.refuses),
+    "eager": Implementation("eager", partial(_run, "eager")),
     "reference": Implementation("reference", _run_reference),
 }
 """By preference."""
@@ -48,10 +53,10 @@ def _check_index(index: TokenIndex, q: Tensor, k: Tensor) -> None:
         raise ValueError(
             f"index for {index.queries} queries and {index.keys} keys: expected {q.shape[2]} and {k.shape[2]}"
         )
-    if index.indices.shape[0] not in (1, q.shape[0]) or index.indices.shape[1] not in (1, q.shape[1]):
+    if index.indices.shape[0] not in (1, q.shape[0]) or index.indices.shape[1] not in (1, k.shape[1], q.shape[1]):
         raise ValueError(
             f"index.indices of shape {tuple(index.indices.shape)}: expected batch {q.shape[0]} or 1 and "
-            f"heads {q.shape[1]} or 1"
+            f"heads {q.shape[1]}, {k.shape[1]} or 1"
         )
     if index.indices.device != q.device:
         raise ValueError(f"index.indices on {index.indices.device}: expected {q.device}, as q")
@@ -95,14 +100,14 @@ def gather_attend(
         q: `[B, H, M, D]`, floating point.
         k: `[B, G, N, D]`, G divides H; dtype and device of q.
         v: `[B, G, N, E]`, dtype and device of q.
-        index: The lists, for M queries and N keys, with batch B or 1 and heads H or 1. With 1, the heads of a key/value
-            head share one gather. A position must not repeat within a list (`index.validate()` checks).
+        index: The lists, for M queries and N keys, with batch B or 1 and heads H, G or 1. Unless H, the heads of a
+            key/value head share one gather. A position must not repeat within a list (`index.validate()` checks).
         softcap: Scores become `softcap * tanh(score / softcap)`; above 0.
         sinks: `[H]`, a logit per head that takes part in the softmax and brings no value.
         scale: Factor on q k^T; None means D^-0.5.
         return_lse: Also return the log-sum-exp of the scores.
         workspace: Bytes that gathered keys, values and scores may take (one list's at least).
-        impl: "auto", "eager" or "reference".
+        impl: "auto", "cpu" (the C++ engine; its backward is that of "eager"), "eager" or "reference".
 
     Returns:
         `[B, H, M, E]` in q's dtype, or `AttentionOutput` with `return_lse`, whose `lse` is fp32 (fp64 for fp64).

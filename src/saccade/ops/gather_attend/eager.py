@@ -21,7 +21,7 @@ CPU_CACHE = 8 * 2**20
 
 @dataclass(frozen=True)
 class Lists:
-    """The pattern of one call: `indices` `[B or 1, H or 1, ceil(M / group), K]`, the sizes, and the score rules."""
+    """The pattern of one call: `indices` `[B or 1, 1, G or H, ceil(M / group), K]`, the sizes, and the score rules."""
 
     indices: Tensor
     group: int
@@ -38,7 +38,7 @@ class Lists:
     @property
     def tile_heads(self) -> int:
         """Heads that need tiles of their own."""
-        return self.kv_heads if self.indices.shape[1] == 1 else self.heads
+        return self.kv_heads if self.indices.shape[1] in (1, self.kv_heads) else self.heads
 
     @property
     def groups(self) -> int:

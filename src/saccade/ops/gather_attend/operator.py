@@ -9,17 +9,17 @@ from torch import Tensor
 
 from saccade.ops.attend.operator import bad_tokens, is_finite, no_autocast, without
 from saccade.ops.checks import accumulation_dtype
-from saccade.ops.gather_attend import eager
+from saccade.ops.gather_attend import eager, native
 from saccade.ops.gather_attend.eager import Lists
 
 _SHARED = (
     "Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? sinks, int group, bool causal, float? softcap, float scale, "
-    "int workspace"
+    "int workspace, str impl"
 )
 
 
 def _lists(q: Tensor, k: Tensor, indices: Tensor, *rules: Any) -> Lists:
-    group, causal, softcap, scale, workspace = rules
+    group, causal, softcap, scale, workspace, _ = rules
     batch, heads, queries, _ = q.shape
     return Lists(
         indices, group, causal, queries, k.shape[2], batch, heads, k.shape[1], softcap, scale, workspace
@@ -35,6 +35,8 @@ def _gather_attend(
         if low < -1 or high >= k.shape[2]:
             raise ValueError(f"index.indices in [{low}, {high}]: expected -1 or positions in [0, {k.shape[2]})")
     with no_autocast(q.device):
+        if rules[-1] == "cpu":
+            return native.forward(q, k, v, sinks, lists)
         out, lse = eager.forward(q, k, v, sinks, lists)
         if is_finite(out):
             return out, lse

@@ -1,0 +1,65 @@
+"""The portable implementation: stretches of the cache made dense, as many tokens at a time as the workspace holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.ops.checks import accumulation_dtype
+from saccade.ops.merge import merge
+from saccade.ops.tile import tile_forward
+from saccade.types import AttentionOutput, KVPages
+from saccade.types.pages import dequantise
+
+CPU_CACHE = 32 * 2**20
+"""On CPUs stretches that stay in cache are faster."""
+
+
+def _stretch(cache: KVPages, start: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of tokens start .. end - 1, `[B, G, L, .]`, and bool `[B, G, L]`: which are there."""
+    token = torch.arange(start, end, device=cache.k.device)
+    present = token < cache.lengths[..., None]
+    page = cache.table[:, :, token // cache.page_size].masked_fill(~present, 0)
+    dense = []
+    for x, scale, zero in ((cache.k, cache.k_scale, cache.k_zero), (cache.v, cache.v_scale, cache.v_zero)):
+        at = (page, token % cache.page_size)
+        rows = x[at] if scale is None else dequantise(x[at], scale[at], None if zero is None else zero[at])
+        dense.append(rows.to(dtype).masked_fill(~present[..., None], 0.0))
+    return dense[0], dense[1], present
+
+
+def forward(
+    q: Tensor, cache: KVPages, left: int, right: int, softcap: float | None, scale: float, workspace: int
+) -> tuple[Tensor, Tensor]:
+    """`out` `[B, H, M, E]` in q's dtype and `lse` `[B, H, M]`."""
+    batch, heads, queries, dim = q.shape
+    kv_heads, dtype = cache.table.shape[1], accumulation_dtype(q.dtype)
+    rows = heads // kv_heads * queries
+    tiles = q.reshape(batch * kv_heads, rows, dim).to(dtype)
+    nothing = tiles.new_zeros(*tiles.shape[:2], cache.dims[1])
+    total = AttentionOutput(nothing, tiles.new_full(tiles.shape[:2], -torch.inf))
+    workspace = min(workspace, CPU_CACHE) if q.device.type == "cpu" else workspace
+    token_bytes = batch * kv_heads * (3 * sum(cache.dims) + 4 * rows) * dtype.itemsize
+    step, longest = max(1, workspace // token_bytes), cache.longest
+    place = torch.arange(queries, device=q.device)[:, None] + (cache.lengths - queries).reshape(-1, 1, 1)
+    for start in range(0, longest, step):
+        end = min(start + step, longest)
+        k, v, present = _stretch(cache, start, end, dtype)
+        k, v, mask = k.flatten(0, 1), v.flatten(0, 1), present.flatten(0, 1)[:, None]
+        key = torch.arange(start, end, device=q.device)
+        if left >= 0:
+            mask = mask & (key >= place - left)
+        if right >= 0:
+            mask = mask & (key <= place + right)
+        bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))
+        poisoned = bool(bad.any())
+        if poisoned:
+            k, v = (x.masked_fill(bad[..., None], 0.0) for x in (k, v))
+        out, lse = tile_forward(tiles, k, v, mask, scale, softcap)
+        if poisoned:
+            seen = (mask & bad[:, None]).any(-1)
+            seen = seen.repeat(1, rows // seen.shape[1])
+            out, lse = out.masked_fill(seen[..., None], torch.nan), lse.masked_fill(seen, torch.nan)
+        total = merge([total, (out, lse)])
+    lse = tiles.new_empty(0) if total.lse is None else total.lse
+    return total.out.view(batch, heads, queries, -1).to(q.dtype), lse.view(batch, heads, queries)

@@ -1,0 +1,26 @@
+"""Oracle of `decode_attend`: the cache made dense and the whole score matrix in one go."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.ops.attend.reference import reference_attention
+from saccade.types import KVPages
+
+
+def reference_decode(
+    q: Tensor, cache: KVPages, left: int, right: int, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`out` `[B, H, M, E]` in q's dtype and `lse` `[B, H, M]`."""
+    k, v = cache.to_dense(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    share = q.shape[1] // k.shape[1]
+    lengths = cache.lengths.repeat_interleave(share, 1)[:, :, None, None]
+    key = torch.arange(k.shape[2], device=q.device)
+    place = torch.arange(q.shape[2], device=q.device)[:, None] + lengths - q.shape[2]
+    mask = (key < lengths).expand(*q.shape[:3], -1)
+    if left >= 0:
+        mask = mask & (key >= place - left)
+    if right >= 0:
+        mask = mask & (key <= place + right)
+    return reference_attention(q, k, v, mask, scale=scale, softcap=softcap)

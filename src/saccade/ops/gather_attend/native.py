@@ -1,0 +1,34 @@
+"""`gather_attend` on the C++ engine: keys are read in place, each once for all the queries that share a list."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.kernels import cpu
+from saccade.ops.attend.native import unusable
+from saccade.ops.gather_attend.eager import Lists
+
+
+def refuses(call: Mapping[str, Any]) -> str | None:
+    """Why the engine cannot serve the call, or None."""
+    tensors = (call["q"], call["k"], call["v"], call["index"].indices)
+    if any(0 in x.shape for x in tensors):
+        return "the problem is empty"
+    return unusable(call["q"])
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lists: Lists) -> tuple[Tensor, Tensor]:
+    """As `eager.forward`; poison it keeps apart by itself."""
+    out, lse = cpu.decoding(
+        q, k, v, scale=lists.scale, right=0 if lists.causal else -1, softcap=lists.softcap, lists=lists.indices,
+        group=min(lists.group, lists.queries),
+    )  # fmt: skip
+    if sinks is not None:
+        joint = torch.logaddexp(lse, sinks.float()[:, None])
+        out = out * torch.exp(lse - joint.masked_fill(joint == -torch.inf, 0.0))[..., None]
+        lse = joint
+    return out.to(q.dtype), lse
