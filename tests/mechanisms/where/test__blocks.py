@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saccade.mechanisms.where._blocks import block_visibility, head_scores, mean_pool
+from saccade.mechanisms.where._blocks import block_visibility, head_scores, key_lists, largest, mean_pool
 
 
 @pytest.mark.parametrize(("tokens", "size"), [(12, 4), (13, 4), (3, 8), (7, 1)])
@@ -43,3 +43,16 @@ def test_everything_is_past_without_causality() -> None:
     past, edge = block_visibility(9, 4, (2, 3), causal=False, device=torch.device("cpu"))
     assert bool(past.all())
     assert not bool(edge.any())
+
+
+def test_key_lists() -> None:
+    kept = torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 0]], dtype=torch.bool).view(1, 1, 3, 3)
+    assert key_lists(kept).tolist() == [[[[1, 2], [-1, -1], [0, -1]]]]
+    assert key_lists(kept[:, :, :0]).shape == (1, 1, 0, 0)
+    assert key_lists(kept[..., :0]).shape == (1, 1, 3, 0)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, "00000"), (1, "01000"), (2, "01010"), (4, "11110"), (9, "11111")])
+def test_largest_takes_the_first_of_those_that_tie(count: int, expected: str) -> None:
+    x = torch.tensor([2.0, 5.0, 2.0, 5.0, 1.0])
+    assert "".join(str(int(kept)) for kept in largest(x, count)) == expected

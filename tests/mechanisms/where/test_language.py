@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saccade.mechanisms.where.flex_prefill import FlexPrefill
+from saccade.mechanisms.where.infllm_v2 import InfLLMV2
 from saccade.mechanisms.where.minference import MInference
 from saccade.mechanisms.where.pbs_attn import PBSAttn
 from saccade.types import Geometry
@@ -17,6 +18,7 @@ CAUSAL = Geometry(causal=True)
 TOKENS, BLOCK = 512, 16
 
 MECHANISMS: list[Any] = [
+    InfLLMV2(block=BLOCK, kernel=8, stride=4, topk=6, local_blocks=1, dense_below=0),
     FlexPrefill(gamma=0.7, tau=0.1, block=BLOCK, min_budget=32),
     FlexPrefill(gamma=0.4, tau=0.9, block=BLOCK, min_budget=32),
     MInference(form="vertical_slash", vertical=60, slash=20, last_queries=32, sinks=2, local=8, block=BLOCK),

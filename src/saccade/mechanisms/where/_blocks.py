@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from saccade.ops.checks import accumulation_dtype
+from saccade.types import BlockLayout
+from saccade.types.bits import pack_bits, unpack_bits
+from saccade.types.layout import FULL
 
 
 def mean_pool(x: Tensor, size: int) -> Tensor:
@@ -64,3 +67,63 @@ def key_lists(kept: Tensor) -> Tensor:
     lists = torch.full((len(counts), int(counts.max()) if len(counts) else 0), -1, device=kept.device)
     lists[row, place] = key
     return lists.view(*kept.shape[:3], lists.shape[1])
+
+
+def largest(x: Tensor, count: int) -> Tensor:
+    """The `count` largest entries of each row, the first ones of those that tie: bool like `x`."""
+    if count >= x.shape[-1]:
+        return torch.ones_like(x, dtype=torch.bool)
+    if count == 0:
+        return torch.zeros_like(x, dtype=torch.bool)
+    least = x.topk(count, -1).values[..., -1:]
+    above, tied = x > least, x == least
+    return above | (tied & (tied.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+
+
+def key_columns(keys: int, chunk: int, device: torch.device) -> tuple[Tensor, int]:
+    """Key blocks an engine likes, for a choice of chunks of keys.
+
+    Args:
+        keys: N.
+        chunk: Keys per chunk.
+        device: Of the result.
+
+    Returns:
+        The chunk of each key block, int64 `[key_blocks]`, and the width of a block: a divisor of the chunk from 16 to
+        64 tokens if there is one, else all of it.
+    """
+    width = next((w for w in range(min(64, chunk), 15, -1) if chunk % w == 0), chunk)
+    return torch.arange(0, keys, width, device=device) // chunk, width
+
+
+def tiled_layout(chosen: Tensor, tile: int, chunk: int, keys: int) -> BlockLayout:
+    """The layout in which each query has its own choice: in a tile of queries, whole rows are masked.
+
+    Args:
+        chosen: Bool `[B, H, M, chunks]`, which chunks of keys each query reads.
+        tile: Queries per block of the layout.
+        chunk: Keys per chunk.
+        keys: N.
+
+    Returns:
+        The layout, not cut to causality.
+    """
+    batch, heads, queries, chunks = chosen.shape
+    columns, width = key_columns(keys, chunk, chosen.device)
+    tiles = -(-queries // tile)
+    padded = torch.nn.functional.pad(chosen, (0, 0, 0, -queries % tile))
+    rows = padded.view(batch, heads, tiles, tile, chunks).transpose(-1, -2)
+    real = torch.arange(tiles * tile, device=chosen.device).view(tiles, 1, tile) < queries
+    some, every = rows.any(-1), (rows | ~real).all(-1)
+    partial = some & ~every
+    distinct, which = torch.unique(pack_bits(rows[partial][:, :, None]), dim=0, return_inverse=True)
+    kinds = torch.full(some.shape, FULL, device=chosen.device)
+    kinds[partial] = which
+    present = some[..., columns].flatten(0, 2)
+    return BlockLayout(
+        indptr=torch.nn.functional.pad(present.sum(1).cumsum(0), (1, 0)),
+        indices=present.nonzero()[:, 1].int(),
+        kinds=kinds[..., columns].flatten(0, 2)[present].int(),
+        bits=pack_bits(unpack_bits(distinct, (tile, 1)).expand(-1, -1, width)),
+        batch=batch, heads=heads, queries=queries, keys=keys, block=(tile, width),
+    )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saccade.catalog import register
 from saccade.mechanisms.base import PLAIN, Selector, require
-from saccade.mechanisms.where._blocks import head_scores, key_lists, mean_pool
+from saccade.mechanisms.where._blocks import head_scores, key_lists, largest, mean_pool
 from saccade.mechanisms.where._last_queries import diagonal_sums, last_attention
 from saccade.mechanisms.where._static import first_tokens
 from saccade.ops import attend
@@ -129,8 +129,7 @@ class MInference(Selector):
         """Top-k pooled blocks of every row."""
         scores = head_scores(mean_pool(q, self.block), mean_pool(k, self.block))
         past = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
-        best = scores.masked_fill(~past, -float("inf")).topk(min(self.topk, scores.shape[-1]), -1).indices
-        kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, value=True) & past
+        kept = largest(scores.masked_fill(~past, -float("inf")), self.topk) & past
         return BlockLayout.from_block_mask(kept, self.block, self.block, q.shape[2], k.shape[2])
 
     def _lines(self, q: Tensor, k: Tensor) -> TokenIndex:
@@ -140,8 +139,8 @@ class MInference(Selector):
         vertical, slash = weights.sum(2), diagonal_sums(weights)
         vertical[..., : self.sinks] = float("inf")
         slash[..., : self.local] = float("inf")
-        column = _marked(vertical, max(self.vertical, self.sinks))
-        diagonal = _marked(slash, max(self.slash, self.local))
+        column = largest(vertical, max(self.vertical, self.sinks))
+        diagonal = largest(slash, max(self.slash, self.local))
         first = torch.arange(0, tokens, self.block, device=q.device)[:, None]
         past = torch.arange(tokens, device=q.device) < first + self.block
         kept = (self._crossed(diagonal) | column[:, :, None]) & past
@@ -158,12 +157,6 @@ class MInference(Selector):
         before = torch.nn.functional.pad(marks, (1, 0))
         near_to_far = (before[..., size:] > before[..., :-size]).flip(-1)
         return torch.nn.functional.pad(near_to_far, (0, tokens - size)).unfold(-1, tokens, size).flip(2)
-
-
-def _marked(x: Tensor, count: int) -> Tensor:
-    """The `count` largest of each row: bool like `x`."""
-    best = x.topk(min(count, x.shape[-1]), -1).indices
-    return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, best, value=True)
 
 
 def search_heads(

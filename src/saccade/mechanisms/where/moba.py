@@ -10,10 +10,8 @@ from torch import Tensor
 
 from saccade.catalog import register
 from saccade.mechanisms.base import Selector, require
-from saccade.mechanisms.where._blocks import block_visibility, head_scores, mean_pool
+from saccade.mechanisms.where._blocks import block_visibility, head_scores, key_columns, mean_pool, tiled_layout
 from saccade.types import BlockLayout, Geometry, Kind, Pattern
-from saccade.types.bits import pack_bits, unpack_bits
-from saccade.types.layout import FULL
 
 
 def _ladder(n: int) -> tuple[dict[str, Any], ...]:
@@ -88,33 +86,7 @@ class MoBA(Selector):
         best = gates.masked_fill(~past, -float("inf")).topk(min(self.topk - 1, past.shape[1]), -1).indices
         chosen = torch.zeros_like(gates, dtype=torch.bool).scatter_(-1, best, value=True)
         chosen = (chosen & past) | own
-        width = self._key_block()
-        columns = torch.arange(0, keys, width, device=q.device) // self.chunk  # chunk of each of the layout's columns
-        if self.query_block > 1:
-            return BlockLayout.from_block_mask(chosen[..., columns], self.query_block, width, queries, keys)
-        return self._tiled(chosen, columns, width, keys)
-
-    def _key_block(self) -> int:
-        """Width of the layout's key blocks: a divisor of the chunk from 16 to 64 tokens if there is one, else all."""
-        return next((w for w in range(min(64, self.chunk), 15, -1) if self.chunk % w == 0), self.chunk)
-
-    def _tiled(self, chosen: Tensor, columns: Tensor, width: int, keys: int) -> BlockLayout:
-        """The layout of each query's own choice, bool `[B, H, M, chunks]`: whole rows of a tile are masked."""
-        batch, heads, queries, chunks = chosen.shape
-        tiles = -(-queries // self.tile)
-        padded = torch.nn.functional.pad(chosen, (0, 0, 0, -queries % self.tile))
-        rows = padded.view(batch, heads, tiles, self.tile, chunks).transpose(-1, -2)
-        real = torch.arange(tiles * self.tile, device=chosen.device).view(tiles, 1, self.tile) < queries
-        some, every = rows.any(-1), (rows | ~real).all(-1)
-        partial = some & ~every
-        distinct, which = torch.unique(pack_bits(rows[partial][:, :, None]), dim=0, return_inverse=True)
-        kinds = torch.full(some.shape, FULL, device=chosen.device)
-        kinds[partial] = which
-        present = some[..., columns].flatten(0, 2)
-        return BlockLayout(
-            indptr=torch.nn.functional.pad(present.sum(1).cumsum(0), (1, 0)),
-            indices=present.nonzero()[:, 1].int(),
-            kinds=kinds[..., columns].flatten(0, 2)[present].int(),
-            bits=pack_bits(unpack_bits(distinct, (self.tile, 1)).expand(-1, -1, width)),
-            batch=batch, heads=heads, queries=queries, keys=keys, block=(self.tile, width),
-        )  # fmt: skip
+        if self.query_block == 1:
+            return tiled_layout(chosen, self.tile, self.chunk, keys)
+        columns, width = key_columns(keys, self.chunk, q.device)
+        return BlockLayout.from_block_mask(chosen[..., columns], self.query_block, width, queries, keys)
