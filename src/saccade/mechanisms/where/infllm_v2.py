@@ -44,7 +44,7 @@ def _ladder(n: int) -> tuple[dict[str, Any], ...]:
             "The switch goes by the keys a query sees, the authors' by the length of the call: so a prompt gives the "
             "same whole, in chunks and step by step, and the first dense_below tokens of a long one are dense."
         ),
-        "The softmax over compressed keys is exact; the authors' kernel estimates its sum from keys four times coarser.",
+        "The softmax over compressed keys is exact; the authors' kernel takes its sum from keys four times coarser.",
         (
             "Each query attends to its choice exactly, but a block engine computes, for each tile of queries, the "
             "union of what they chose, and masks."
@@ -59,9 +59,9 @@ def _ladder(n: int) -> tuple[dict[str, Any], ...]:
 class InfLLMV2(Selector):
     """Windows of `kernel` keys, one every `stride`, are compressed to their mean; a query sees those in its past.
 
-        p_w = softmax over seen w of q . mean(k_j for j in w) / sqrt(D),   P_c = max over w that meets c of sum_heads p_w,
+        p_w = softmax over seen w of q . mean(k_j for j in w) / sqrt(D),   P_c = max over w that meet c of sum p_w,
 
-    summed over the query heads of a key/value head, which share their choice. A query keeps the first `init_blocks`
+    the sum over the query heads of a key/value head, which share their choice. A query keeps the first `init_blocks`
     blocks, its own and the `local_blocks` before, and the blocks c with the largest P_c: `topk` in all, or all of those
     that are always kept if they are more.
 
