@@ -14,6 +14,7 @@ CASES = [
     Partition((6, 8), (3, 4), dilated=True),
     Partition((7, 5), (3, 4), dilated=True),
     Partition((1, 9), (1, 4)),
+    Partition((7, 5), (3, 4), before=(1, 2)),
 ]
 
 

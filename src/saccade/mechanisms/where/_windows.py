@@ -73,19 +73,28 @@ def head_window_patterns(
 
 @dataclass(frozen=True)
 class Partition:
-    """A feature map cut into windows of equal size, padded below and to the right where the size does not divide.
+    """A feature map cut into windows of equal size, padded where the size does not divide.
 
     Args:
         grid: Height Y and width X of the map.
         window: Height and width of a window, at most those of the map.
         shift: Cyclic shift: rows and columns by which the map is rolled up and to the left before it is cut.
         dilated: A window holds places spread evenly over the whole map instead of neighbours.
+        before: Of the rows and columns that are padded, those that are above and to the left.
     """
 
     grid: tuple[int, int]
     window: tuple[int, int]
     shift: tuple[int, int] = (0, 0)
     dilated: bool = False
+    before: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, x: Tensor, side: int, shift: int = 0, *, dilated: bool = False) -> Partition:
+        """Square windows of a map `[B, C, Y, X]`: along an axis that one of them holds, that axis, unshifted."""
+        grid = (x.shape[2], x.shape[3])
+        shifts = (0 if grid[0] <= side else shift, 0 if grid[1] <= side else shift)
+        return cls(grid, (min(side, grid[0]), min(side, grid[1])), shifts, dilated)
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -95,8 +104,8 @@ class Partition:
     def split(self, x: Tensor) -> Tensor:
         """`[B, C, Y, X]` to `[B * windows, C, *window]`; what was padded is 0."""
         (high, wide), (rows, columns) = self.window, self.counts
-        bottom, right = rows * high - self.grid[0], columns * wide - self.grid[1]
-        x = nn.functional.pad(x, (0, right, 0, bottom)) if bottom or right else x
+        (top, left), bottom, right = self.before, rows * high - self.grid[0], columns * wide - self.grid[1]
+        x = nn.functional.pad(x, (left, right - left, top, bottom - top)) if bottom or right else x
         x = x.roll((-self.shift[0], -self.shift[1]), (2, 3)) if any(self.shift) else x
         if self.dilated:
             cut = x.unflatten(3, (wide, columns)).unflatten(2, (high, rows)).permute(0, 3, 5, 1, 2, 4)
@@ -110,7 +119,8 @@ class Partition:
         x = cut.permute(0, 3, 4, 1, 5, 2) if self.dilated else cut.permute(0, 3, 1, 4, 2, 5)
         x = x.flatten(4, 5).flatten(2, 3)
         x = x.roll(self.shift, (2, 3)) if any(self.shift) else x
-        return x[:, :, : self.grid[0], : self.grid[1]]
+        (top, left), (height, width) = self.before, self.grid
+        return x[:, :, top : top + height, left : left + width]
 
     def segments(self, batch: int, device: torch.device) -> Tensor | None:
         """Which places of a window see each other: ids `[B * windows, places]`, padding -1; None where all do.

@@ -26,7 +26,7 @@ from saccade.types import BlockLayout, Geometry, Kind, Pattern, TokenIndex
     exact_when="stripe >= every axis of the grid",
     complexity="N^1.5",
     deviations=(
-        "The pattern alone, for any q, k, v, without LePE.",
+        "The pattern alone, for any q, k, v; with LePE it is the layer `cswin_attention`.",
         (
             "Vertical stripes come first, as in the authors' code (the paper writes horizontal first). On one axis, as "
             "without a grid, all heads see stretches of it."

@@ -25,7 +25,7 @@ from saccade.types import BlockLayout, Geometry, Kind, Pattern, TokenIndex
     exact_when="size >= every axis of the grid",
     complexity="N",
     deviations=(
-        "The pattern alone, for any q, k, v, without relative embeddings and strided queries.",
+        "The pattern alone, for any q, k, v; with relative embeddings and strides it is the layer `halonet_attention`.",
         (
             "Places past the border are hidden; the paper does not say, and reimplementations differ: halonet-pytorch "
             "hides them, timm lets zeros take part in the softmax."

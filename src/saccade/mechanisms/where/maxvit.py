@@ -27,7 +27,7 @@ from saccade.types import BlockLayout, Geometry, Kind, Pattern, TokenIndex
     exact_when="size >= every axis of the grid",
     complexity="N",
     deviations=(
-        "The pattern alone, for any q, k, v, without MBConv and relative position bias.",
+        "The pattern alone, for any q, k, v; with relative position bias it is the layer `swin_attention`. No MBConv.",
         (
             "Grids whose sides `size` does not divide work: the last windows are smaller, and grid attention steps by "
             "ceil(side / size). The authors refuse them."

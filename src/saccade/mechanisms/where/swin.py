@@ -26,7 +26,7 @@ from saccade.types import BlockLayout, Geometry, Kind, Pattern, TokenIndex
     exact_when="window >= every axis of the grid",
     complexity="N",
     deviations=(
-        "The pattern alone, for any q, k, v, without relative position bias.",
+        "The pattern alone, for any q, k, v; with relative position bias it is the layer `swin_attention`.",
         (
             "Windows that the border cuts are smaller; the authors' detection code pads with zeros, which take part in "
             "the softmax. Along an axis that one window holds there is no shift (theirs: if either does)."
