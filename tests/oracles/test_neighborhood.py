@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from saccade.mechanisms.where import _grids, neighborhood
+from saccade.mechanisms.where import neighborhood
 from saccade.mechanisms.where.neighborhood import Neighborhood
-from saccade.types import BlockLayout, Geometry, TokenIndex
+from saccade.types import BlockLayout, Boxes, Geometry
 
 
 def dense_attention(q, k, v, mask):
@@ -71,17 +71,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("cost", [1e-9, 1e9])  # lists of neighbours, blocks
+@pytest.mark.parametrize("cost", [1e-9, 1e9])  # boxes, blocks
 @pytest.mark.parametrize(("grid", "kernel", "stride", "dilation", "causal"), CASES)
 def test_equals_the_masked_dense(grid, kernel, stride, dilation, causal, cost, monkeypatch):
-    monkeypatch.setattr(_grids, "GATHER_COST", cost)
+    monkeypatch.setattr(neighborhood, "BOX_COST", cost)
     neighborhood._pattern.cache_clear()
     mask = oracle_mask(grid, kernel, stride, dilation, causal)
     q, k, v = inputs(len(mask))
     mechanism = Neighborhood(kernel, stride, dilation, causal, block=8)
     chosen = mechanism.pattern(q, k, Geometry(grid=grid))
     chosen.validate()
-    assert isinstance(chosen, TokenIndex if cost < 1 else BlockLayout)
+    assert isinstance(chosen, Boxes if cost < 1 else BlockLayout)
     assert torch.equal(chosen.to_dense()[0, 0], mask)
     out = mechanism(q, k, v, geometry=Geometry(grid=grid))
     torch.testing.assert_close(out, dense_attention(q, k, v, mask), rtol=0, atol=1e-10)

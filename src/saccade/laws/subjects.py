@@ -13,7 +13,7 @@ from saccade.laws.base import NotApplicable, Problem, make_problem
 from saccade.mechanisms.compose import Attention
 from saccade.mechanisms.diffusion.base import OutputReuse
 from saccade.ops import attend, block_attend, gather_attend
-from saccade.types import BlockLayout, Geometry, Kind, Pattern, TokenIndex
+from saccade.types import BlockLayout, Boxes, Geometry, Kind, Pattern, TokenIndex
 
 PAIRWISE = frozenset({Kind.SELECTOR, Kind.SCORE, Kind.POSITION, Kind.HEADS, Kind.MIXER, Kind.INTERVENTION})
 """Kinds that map q, k, v to an output like attention does (an intervention only if it edits attention)."""
@@ -98,15 +98,16 @@ class Subject:
         return lambda q, k, v, impl="auto": self.run(Problem(q, k, v, problem.geometry), impl)
 
 
-def engine_of(chosen: BlockLayout | TokenIndex) -> Callable[..., Any]:
+def engine_of(chosen: BlockLayout | TokenIndex | Boxes) -> Callable[..., Any]:
     """The engine that runs `chosen`, as a function of q, k, v."""
     engine: Any = block_attend if isinstance(chosen, BlockLayout) else gather_attend
     return lambda q, k, v, **options: engine(q, k, v, chosen, **options)
 
 
-def split_keys(chosen: BlockLayout | TokenIndex, at: int) -> list[tuple[slice, BlockLayout | TokenIndex]]:
+def split_keys(chosen: BlockLayout | TokenIndex | Boxes, at: int) -> list[tuple[slice, BlockLayout | TokenIndex]]:
     """The choice restricted to keys before and from `at` (a multiple of the block size), each over its own keys."""
     parts: list[tuple[slice, BlockLayout | TokenIndex]] = []
+    chosen = chosen.to_index() if isinstance(chosen, Boxes) else chosen
     for keys in (slice(0, at), slice(at, chosen.keys)):
         size = keys.stop - keys.start
         if isinstance(chosen, BlockLayout):

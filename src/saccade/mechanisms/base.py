@@ -18,7 +18,7 @@ from saccade.mechanisms.checks import require, require_pattern
 from saccade.ops import attend, block_attend, gather_attend
 from saccade.ops.checks import check_qkv, check_segments
 from saccade.ops.dispatch import RunRecord, is_recording, record
-from saccade.types import AttentionOutput, BlockLayout, Geometry, Kind, Pattern, TokenIndex
+from saccade.types import AttentionOutput, BlockLayout, Boxes, Geometry, Kind, Pattern, TokenIndex
 
 ALL_PATTERNS = frozenset(Pattern)
 SELF_PATTERNS = frozenset({Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF})
@@ -35,10 +35,10 @@ class Selector(ABC):
     card: ClassVar[Card]
 
     @abstractmethod
-    def select(self, q: Tensor, k: Tensor, geometry: Geometry) -> BlockLayout | TokenIndex:
+    def select(self, q: Tensor, k: Tensor, geometry: Geometry) -> BlockLayout | TokenIndex | Boxes:
         """The pairs to compute for `q` `[B, H, M, D]` and `k` `[B, G, N, D]`."""
 
-    def pattern(self, q: Tensor, k: Tensor, geometry: Geometry = PLAIN) -> BlockLayout | TokenIndex:
+    def pattern(self, q: Tensor, k: Tensor, geometry: Geometry = PLAIN) -> BlockLayout | TokenIndex | Boxes:
         """`select`, checked and cut to what causality and segments allow."""
         require_pattern(self.card, q, k, geometry)
         chosen = self.select(q, k, geometry)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saccade.ops import attend, block_attend, gather_attend
 from saccade.tune.candidates import DENSE, Candidate
-from saccade.types import BlockLayout, Geometry, TokenIndex
+from saccade.types import BlockLayout, Boxes, Geometry, TokenIndex
 
 T = TypeVar("T")
 
@@ -87,7 +87,7 @@ def _score(inputs: LayerInputs, candidate: Candidate, dense: Tensor, repeats: in
     return CandidateScore(select + seconds, select, _densities(chosen, inputs.q.shape[1]), errors, damage)
 
 
-def _densities(chosen: BlockLayout | TokenIndex, heads: int) -> list[float]:
+def _densities(chosen: BlockLayout | TokenIndex | Boxes, heads: int) -> list[float]:
     """Kept pairs over causal pairs of every head, fp64."""
     if isinstance(chosen, BlockLayout):
         return chosen.density_per_head(causal=True).mean(0).expand(heads).tolist()

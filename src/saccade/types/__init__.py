@@ -21,7 +21,8 @@ reaches an output or a gradient. Inputs keep their dtype, accumulation is at lea
 """
 
 from saccade.types.base import AttentionOutput, Geometry, Kind, Pattern, TokenIndex
+from saccade.types.boxes import Boxes
 from saccade.types.layout import BlockLayout
 from saccade.types.pages import KVPages
 
-__all__ = ["AttentionOutput", "BlockLayout", "Geometry", "KVPages", "Kind", "Pattern", "TokenIndex"]
+__all__ = ["AttentionOutput", "BlockLayout", "Boxes", "Geometry", "KVPages", "Kind", "Pattern", "TokenIndex"]

@@ -42,16 +42,6 @@ static int64_t lay_out(const Attention& p, Scratch* scratch, char* memory) {
   return used;
 }
 
-INLINE bool has_poison(const float* row, int64_t dim) {  // NaN or infinity
-  float sum = 0;
-  vf total = {};
-  int64_t d = 0;
-  for (; d + LANES <= dim; d += LANES) total += load(row + d) * 0.0f;
-  for (; d < dim; ++d) sum += row[d] * 0.0f;
-  for (int i = 0; i < LANES; ++i) sum += total[i];
-  return sum != 0;  // NaN compares unequal to everything
-}
-
 // One unit of work and what it has accumulated.
 class Unit {
  public:

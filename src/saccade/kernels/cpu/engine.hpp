@@ -2,6 +2,7 @@
 #pragma once
 #include "problem.hpp"
 #include "problem_backward.hpp"
+#include "problem_boxes.hpp"
 #include "problem_scan.hpp"
 #include "problem_decode.hpp"
 
@@ -39,6 +40,7 @@ struct Engine {
   void (*backward)(const AttentionBackward&, char* scratch, const Turns&, int64_t unit, int64_t before, int64_t b, int64_t g,
                    int64_t first, int64_t count, int64_t span);
   ScanEngine scan;
+  BoxesEngine boxes;
   int64_t decode_rows;                                            // queries of a unit, at most
   int64_t (*decode_scratch)(const Decode&, int64_t rows);         // bytes per thread
   int64_t (*decode_partial)(const Decode&, int64_t rows);         // floats of a unit's result

@@ -1,6 +1,7 @@
 // The whole engine for one instruction set; an isa_*.cpp says which.
 #include "attend.hpp"
 #include "backward.hpp"
+#include "boxes.hpp"
 #include "decode.hpp"
 #include "engine.hpp"
 #include "scan_engine.hpp"
@@ -51,6 +52,7 @@ static const Engine ENGINE = {
     .backward_scratch = backward_scratch,
     .backward = backward,
     .scan = SCAN,
+    .boxes = BOXES,
     .decode_rows = ROWS,
     .decode_scratch = decode_scratch,
     .decode_partial = decode_partial,

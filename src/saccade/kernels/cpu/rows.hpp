@@ -40,4 +40,14 @@ static void pair_rows(const char* even, const char* odd, int64_t dim, uint32_t* 
   for (; d < dim; ++d) out[d] = e[d] | (o ? uint32_t(o[d]) << 16 : 0u);
 }
 
+INLINE bool has_poison(const float* row, int64_t dim) {  // NaN or infinity
+  float sum = 0;
+  vf total = {};
+  int64_t d = 0;
+  for (; d + LANES <= dim; d += LANES) total += load(row + d) * 0.0f;
+  for (; d < dim; ++d) sum += row[d] * 0.0f;
+  for (int i = 0; i < LANES; ++i) sum += total[i];
+  return sum != 0;  // NaN compares unequal to everything
+}
+
 }  // namespace saccade::SACCADE_ISA

@@ -81,38 +81,12 @@ static bool unpack(const char* data, int64_t stride, int64_t count, int64_t dim,
   return found;
 }
 
-template <int S>
-INLINE void exchange(vf* x) {  // blocks of S x S off the diagonal change places
-  vi low, high;
-  for (int i = 0; i < LANES; ++i) {
-    low[i] = i & S ? i - S + LANES : i;
-    high[i] = i & S ? i + LANES : i + S;
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < LANES; ++r) {
-    if (r & S) continue;
-    vf a = x[r], b = x[r + S];
-#if defined(__clang__)
-    for (int i = 0; i < LANES; ++i) {
-      x[r][i] = low[i] < LANES ? a[low[i]] : b[low[i] - LANES];
-      x[r + S][i] = high[i] < LANES ? a[high[i]] : b[high[i] - LANES];
-    }
-#else
-    x[r] = __builtin_shuffle(a, b, low);
-    x[r + S] = __builtin_shuffle(a, b, high);
-#endif
-  }
-}
-
 // to[c][r] = from[r][c], LANES x LANES
 INLINE void turn(const float* from, int64_t from_step, float* to, int64_t to_step) {
   vf x[LANES];
 #pragma GCC unroll 16
   for (int r = 0; r < LANES; ++r) x[r] = load(from + r * from_step);
-  exchange<1>(x);
-  exchange<2>(x);
-  if constexpr (LANES > 4) exchange<4>(x);
-  if constexpr (LANES > 8) exchange<8>(x);
+  transpose(x);
 #pragma GCC unroll 16
   for (int r = 0; r < LANES; ++r) store(to + r * to_step, x[r]);
 }

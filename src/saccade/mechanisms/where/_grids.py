@@ -3,42 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from saccade.mechanisms.base import require
 from saccade.types import BlockLayout, Geometry, TokenIndex
-
-GATHER_COST = 8
-"""Pairs of a block product that take as long as one gathered pair: 6 to 8 measured with the eager engines on a CPU."""
-
-Inside = Callable[[Sequence[Tensor]], Tensor]
-"""Which of a box's pairs are kept, from the offsets key - query along every axis."""
-
-
-class Line(NamedTuple):
-    """The windows along one axis: place x sees `first[x], first[x] + step, ..., last[x]`.
-
-    Args:
-        first: int64 `[size]`.
-        last: int64 `[size]`; `last[x] - first[x]` is a multiple of `step`, and so is `first[x] - x`.
-        step: Gap between neighbours.
-        most: Most neighbours of a place.
-    """
-
-    first: Tensor
-    last: Tensor
-    step: int
-    most: int
-
-    @property
-    def size(self) -> int:
-        """Places along the axis."""
-        return len(self.first)
+from saccade.types.grids import GATHER_COST, Inside, Line, candidates, grid_layout, neighbours
 
 
 def grid_of(queries: int, keys: int, geometry: Geometry) -> tuple[int, ...]:
@@ -103,9 +75,9 @@ def head_patterns(
     which lists of equal length cannot hold; with them it is always blocks.
     """
     tokens = math.prod(line.size for line in parts[0][1])
-    candidates = [_candidates(lines, prefix, suffix, block) for _, lines in parts]
+    blocks = [candidates(lines, prefix, suffix, block) for _, lines in parts]
     gathered = sum(heads * tokens * math.prod(line.most for line in lines) for heads, lines in parts)
-    products = sum(heads * len(found.indices) for (heads, _), found in zip(parts, candidates, strict=True))
+    products = sum(heads * len(found.indices) for (heads, _), found in zip(parts, blocks, strict=True))
     if prefix + suffix == 0 and products * block * block > GATHER_COST * gathered:
         lists = [neighbours(lines, inside) for _, lines in parts]
         longest = max(found.shape[1] for found in lists)
@@ -113,8 +85,8 @@ def head_patterns(
         each = [found[None].expand(heads, -1, -1) for (heads, _), found in zip(parts, padded, strict=True)]
         return TokenIndex(torch.cat(each)[None], tokens, tokens)
     layouts = [
-        _layout(lines, prefix, suffix, found, inside).expand(1, heads)
-        for (heads, lines), found in zip(parts, candidates, strict=True)
+        grid_layout(lines, prefix, suffix, found, inside).expand(1, heads)
+        for (heads, lines), found in zip(parts, blocks, strict=True)
     ]
     return stack_heads(layouts)
 
@@ -136,87 +108,7 @@ def stack_heads(layouts: Sequence[BlockLayout]) -> BlockLayout:
     )
 
 
-def neighbours(lines: Sequence[Line], inside: Inside | None = None) -> Tensor:
-    """Grid positions of every token's neighbours, int64 `[tokens, most neighbours]`; -1 = none."""
-    index = torch.zeros(1, 1, dtype=torch.int64, device=lines[0].first.device)
-    for first, last, step, most in lines:
-        along = first[:, None] + step * torch.arange(most, device=first.device)
-        along = torch.where(along <= last[:, None], along, -1)
-        both = index[:, None, :, None] * len(first) + along[None, :, None, :]
-        hidden = (index < 0)[:, None, :, None] | (along < 0)[None, :, None, :]
-        index = both.masked_fill(hidden, -1).flatten(2).flatten(0, 1)
-    if inside is None:
-        return index
-    here = torch.arange(len(index), device=index.device)[:, None]
-    kept = inside(_offsets(lines, here, index.clamp(min=0))) & (index >= 0)
-    return index.masked_fill(~kept, -1).sort(-1, descending=True).values[:, : int(kept.sum(-1).max())]
-
-
-def _offsets(lines: Sequence[Line], query: Tensor, key: Tensor) -> list[Tensor]:
-    """Offsets key - query along every axis, from grid positions."""
-    offsets = []
-    for line in reversed(lines):
-        offsets.append(key % line.size - query % line.size)
-        query, key = query // line.size, key // line.size
-    return offsets[::-1]
-
-
-def _candidates(lines: Sequence[Line], prefix: int, suffix: int, block: int) -> BlockLayout:
-    """Blocks that hold a grid pair: the runs of keys that the stretches of each query block span, row by row."""
-    width, (first, last, *_) = lines[-1].size, lines[-1]
-    tokens = math.prod(line.size for line in lines)
-    total, device = prefix + tokens + suffix, first.device
-    query = torch.arange(tokens, device=device)
-    row, query_block = query // width, (query + prefix) // block
-    stretch = torch.unique_consecutive(query_block * tokens + row, return_inverse=True)[1]
-    count = int(stretch[-1]) + 1
-    low = torch.full((count,), width, device=device).scatter_reduce_(0, stretch, first[query % width], "amin")
-    high = torch.zeros(count, dtype=torch.int64, device=device)
-    high.scatter_reduce_(0, stretch, last[query % width], "amax")
-    start = torch.full((count,), tokens, device=device).scatter_reduce_(0, stretch, query, "amin")
-    rows = neighbours(lines[:-1])[start // width] if len(lines) > 1 else torch.zeros_like(start)[:, None]
-    from_block = (rows * width + low[:, None] + prefix) // block
-    to_block = (rows * width + high[:, None] + prefix) // block
-    columns = torch.where(rows < 0, 0, to_block - from_block + 1).flatten()
-    key_blocks = -(-total // block)
-    base = (query_block[start][:, None] * key_blocks + from_block).flatten().repeat_interleave(columns)
-    step = torch.arange(len(base), device=device) - (columns.cumsum(0) - columns).repeat_interleave(columns)
-    code = torch.unique(base + step)
-    per_row = torch.bincount(code // key_blocks, minlength=-(-total // block))
-    return BlockLayout(
-        indptr=torch.nn.functional.pad(per_row.cumsum(0), (1, 0)),
-        indices=(code % key_blocks).int(),
-        kinds=torch.full((len(code),), -1, dtype=torch.int32, device=device),
-        bits=torch.empty(0, -(-block * block // 8), dtype=torch.uint8, device=device),
-        batch=1, heads=1, queries=total, keys=total, block=(block, block),
-    )  # fmt: skip
-
-
-def _layout(
-    lines: Sequence[Line], prefix: int, suffix: int, candidates: BlockLayout, inside: Inside | None
-) -> BlockLayout:
-    """The exact pairs of the candidate blocks, and text that sees and is seen by all."""
-    tokens = math.prod(line.size for line in lines)
-    total, block, device = candidates.queries, candidates.block, candidates.device
-
-    def near(_: Tensor, __: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        i, j = i - prefix, j - prefix
-        kept = (i >= 0) & (i < tokens) & (j >= 0) & (j < tokens)
-        i, j = i.clamp(0, tokens - 1), j.clamp(0, tokens - 1)
-        if inside is not None:
-            kept = kept & inside(_offsets(lines, i, j))
-        for line in reversed(lines):
-            x, y = i % line.size, j % line.size
-            kept = kept & (y >= line.first[x]) & (y <= line.last[x])
-            if line.step > 1:
-                kept = kept & (y % line.step == x % line.step)
-            i, j = i // line.size, j // line.size
-        return kept
-
-    layout = BlockLayout.from_mask_mod(near, total, total, block=block, candidates=candidates)
-    if prefix + suffix == 0:
-        return layout
-    text = torch.cat([torch.arange(prefix, device=device), torch.arange(total - suffix, total, device=device)])
-    return layout | BlockLayout.tokens(
-        total, total, key_tokens=text, query_tokens=text, block=block, device=device
-    )  # fmt: skip
+__all__ = [
+    "GATHER_COST", "Inside", "Line", "grid_of", "grid_pattern", "head_patterns", "is_per_axis", "neighbours",
+    "per_axis", "stack_heads",
+]  # fmt: skip

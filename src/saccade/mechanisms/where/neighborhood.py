@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -12,7 +14,14 @@ from torch import Tensor
 from saccade.catalog import register
 from saccade.mechanisms.base import SELF_PATTERNS, Selector, require
 from saccade.mechanisms.where._grids import Line, grid_of, grid_pattern, is_per_axis, per_axis
-from saccade.types import BlockLayout, Geometry, Kind, TokenIndex
+from saccade.types import BlockLayout, Boxes, Geometry, Kind, TokenIndex
+from saccade.types.grids import candidates, grid_layout
+
+TILE = 16
+"""Neighbouring queries whose boxes the C++ engine computes together."""
+
+BOX_COST = 1.3
+"""Pairs of a block product that take as long as a pair of such a tile: it shares what it reads among fewer queries."""
 
 
 class Axis(NamedTuple):
@@ -44,8 +53,8 @@ class Axis(NamedTuple):
     complexity="N",
     deviations=(
         (
-            "Runs on the block and gather engines: FNA's tiling over the axes of the grid, its kernels and its "
-            "speed-up simulator are not built. Window, stride, dilation and borders are NATTEN's."
+            "Runs on the block and gather engines; the C++ engine tiles the axes of the grid as FNA does. FNA's GPU "
+            "kernels and its speed-up simulator are not built. Window, stride, dilation and borders are NATTEN's."
         ),
         "kernel_size may be a fraction of the axis, and 1 is allowed (NATTEN asks for at least 2).",
         "Text before and after the grid sees and is seen by all, where NATTEN only lets it be seen.",
@@ -71,7 +80,7 @@ class Neighborhood(Selector):
         stride: Queries that share a window, for all axes or each; at most kernel_size.
         dilation: Gap between neighbours, for all axes or each; kernel_size * dilation must fit the axis.
         causal: Hide what lies ahead along all axes or each (for example time only); text sees everything still.
-        block: Block size of the layout, in tokens, where a layout is cheaper than lists of neighbours.
+        block: Block size of the layout, in tokens, where a layout is cheaper than boxes or lists of neighbours.
     """
 
     kernel_size: int | float | tuple[int, ...] = 7
@@ -105,7 +114,7 @@ class Neighborhood(Selector):
             axes.append(Axis(size, window, stride, dilation, bool(causal) or geometry.causal))
         return tuple(axes)
 
-    def select(self, q: Tensor, k: Tensor, geometry: Geometry) -> BlockLayout | TokenIndex:
+    def select(self, q: Tensor, k: Tensor, geometry: Geometry) -> BlockLayout | TokenIndex | Boxes:
         """Neighbours of every token: the same for each call on the same grid, so built once."""
         axes = self._axes(grid_of(q.shape[2], k.shape[2], geometry), geometry)
         return _pattern(axes, geometry.prefix, geometry.suffix, self.block, str(q.device))
@@ -129,7 +138,24 @@ def axis_window(axis: Axis, device: torch.device | str) -> tuple[Tensor, Tensor]
 
 @lru_cache(maxsize=8)
 @torch.inference_mode(mode=False)  # kept tensors may serve a backward pass later
-def _pattern(axes: tuple[Axis, ...], prefix: int, suffix: int, block: int, device: str) -> BlockLayout | TokenIndex:
-    """The windows of all axes as a pattern."""
+def _pattern(
+    axes: tuple[Axis, ...], prefix: int, suffix: int, block: int, device: str
+) -> BlockLayout | TokenIndex | Boxes:
+    """The windows of all axes as a pattern, the cheapest; text tokens see everything, which boxes cannot hold."""
     lines = [Line(*axis_window(axis, device), axis.dilation, axis.kernel) for axis in axes]
-    return grid_pattern(lines, prefix, suffix, block)
+    if prefix + suffix or torch.device(device).type != "cpu":
+        return grid_pattern(lines, prefix, suffix, block)
+    boxes, blocks = Boxes.of(lines, block), candidates(lines, 0, 0, block)
+    if len(blocks.indices) * block * block < BOX_COST * boxes.queries * _rows_of_a_tile(axes):
+        return grid_layout(lines, 0, 0, blocks)
+    return boxes
+
+
+def _rows_of_a_tile(axes: tuple[Axis, ...]) -> int:
+    """Keys that a compact tile of `TILE` queries sees together."""
+    shapes = itertools.product(*([2**n for n in range(TILE.bit_length())] for _ in axes))
+    return min(
+        math.prod(axis.kernel + side - 1 for axis, side in zip(axes, shape, strict=True))
+        for shape in shapes
+        if math.prod(shape) == TILE
+    )

@@ -1,4 +1,4 @@
-"""`gather_attend`: softmax attention over a `TokenIndex`."""
+"""`gather_attend`: softmax attention over a `TokenIndex` or `Boxes`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ from saccade.ops.attend.validate import check_scale, check_sinks, check_softcap,
 from saccade.ops.checks import check_qkv, resolve_scale
 from saccade.ops.dispatch import Implementation, RunRecord, choose, is_recording, record
 from saccade.ops.gather_attend import native, operator
-from saccade.types import AttentionOutput, TokenIndex
+from saccade.ops.gather_attend.boxes import run_boxes
+from saccade.types import AttentionOutput, Boxes, TokenIndex
 
 Call = Mapping[str, Any]
+Index = TokenIndex | Boxes
+"""Which keys each query sees: written out, or by rule."""
 
 
 def _run(impl: str, call: Call) -> tuple[Tensor, Tensor]:
-    index, softcap = call["index"], call["softcap"]
+    q, k, v, index, sinks, workspace = (call[name] for name in ("q", "k", "v", "index", "sinks", "workspace"))
+    softcap, scale = (
+        None if call["softcap"] is None else float(call["softcap"]),
+        resolve_scale(call["scale"], q.shape[3]),
+    )
+    if isinstance(index, Boxes):
+        return run_boxes(impl, q, k, v, index, sinks, softcap, scale, workspace)
     return operator.gather_attend_op(
-        call["q"], call["k"], call["v"], index.indices, call["sinks"], index.group, index.causal,
-        None if softcap is None else float(softcap), resolve_scale(call["scale"], call["q"].shape[3]),
-        call["workspace"], impl,
-    )  # fmt: skip
+        q, k, v, index.indices, sinks, index.group, index.causal, softcap, scale, workspace, impl
+    )
 
 
 def _run_reference(call: Call) -> tuple[Tensor, Tensor]:
@@ -45,14 +52,16 @@ IMPLEMENTATIONS = {
 """By preference."""
 
 
-def _check_index(index: TokenIndex, q: Tensor, k: Tensor) -> None:
+def _check_index(index: Index, q: Tensor, k: Tensor) -> None:
     """Sizes and device of the lists."""
-    if not isinstance(index, TokenIndex):
-        raise ValueError(f"index of type {type(index).__name__}: expected a TokenIndex")
+    if not isinstance(index, Index):
+        raise ValueError(f"index of type {type(index).__name__}: expected a TokenIndex or Boxes")
     if (index.queries, index.keys) != (q.shape[2], k.shape[2]):
         raise ValueError(
             f"index for {index.queries} queries and {index.keys} keys: expected {q.shape[2]} and {k.shape[2]}"
         )
+    if isinstance(index, Boxes):
+        return
     if index.indices.shape[0] not in (1, q.shape[0]) or index.indices.shape[1] not in (1, k.shape[1], q.shape[1]):
         raise ValueError(
             f"index.indices of shape {tuple(index.indices.shape)}: expected batch {q.shape[0]} or 1 and "
@@ -64,24 +73,24 @@ def _check_index(index: TokenIndex, q: Tensor, k: Tensor) -> None:
 
 @overload
 def gather_attend(
-    q: Tensor, k: Tensor, v: Tensor, index: TokenIndex, *, softcap: float | None = ..., sinks: Tensor | None = ...,
+    q: Tensor, k: Tensor, v: Tensor, index: Index, *, softcap: float | None = ..., sinks: Tensor | None = ...,
     scale: float | None = ..., return_lse: Literal[False] = ..., workspace: int = ..., impl: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def gather_attend(
-    q: Tensor, k: Tensor, v: Tensor, index: TokenIndex, *, softcap: float | None = ..., sinks: Tensor | None = ...,
+    q: Tensor, k: Tensor, v: Tensor, index: Index, *, softcap: float | None = ..., sinks: Tensor | None = ...,
     scale: float | None = ..., return_lse: Literal[True], workspace: int = ..., impl: str = ...,
 ) -> AttentionOutput: ...  # fmt: skip
 @overload
 def gather_attend(
-    q: Tensor, k: Tensor, v: Tensor, index: TokenIndex, *, softcap: float | None = ..., sinks: Tensor | None = ...,
+    q: Tensor, k: Tensor, v: Tensor, index: Index, *, softcap: float | None = ..., sinks: Tensor | None = ...,
     scale: float | None = ..., return_lse: bool = ..., workspace: int = ..., impl: str = ...,
 ) -> Tensor | AttentionOutput: ...  # fmt: skip
 def gather_attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    index: TokenIndex,
+    index: Index,
     *,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -101,13 +110,14 @@ def gather_attend(
         k: `[B, G, N, D]`, G divides H; dtype and device of q.
         v: `[B, G, N, E]`, dtype and device of q.
         index: The lists, for M queries and N keys, with batch B or 1 and heads H, G or 1. Unless H, the heads of a
-            key/value head share one gather. A position must not repeat within a list (`index.validate()` checks).
+            key/value head share one gather. A position must not repeat within a list (`index.validate()` checks). Or
+            `Boxes`: the lists are intervals along the axes of a grid, the same for every head.
         softcap: Scores become `softcap * tanh(score / softcap)`; above 0.
         sinks: `[H]`, a logit per head that takes part in the softmax and brings no value.
         scale: Factor on q k^T; None means D^-0.5.
         return_lse: Also return the log-sum-exp of the scores.
         workspace: Bytes that gathered keys, values and scores may take (one list's at least).
-        impl: "auto", "cpu" (the C++ engine; its backward is that of "eager"), "eager" or "reference".
+        impl: "auto", "cpu" (the C++ engine; over lists its backward is that of "eager"), "eager" or "reference".
 
     Returns:
         `[B, H, M, E]` in q's dtype, or `AttentionOutput` with `return_lse`, whose `lse` is fp32 (fp64 for fp64).

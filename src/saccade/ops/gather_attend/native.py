@@ -11,10 +11,15 @@ from torch import Tensor
 from saccade.kernels import cpu
 from saccade.ops.attend.native import unusable
 from saccade.ops.gather_attend.eager import Lists
+from saccade.types import Boxes
 
 
 def refuses(call: Mapping[str, Any]) -> str | None:
     """Why the engine cannot serve the call, or None."""
+    if isinstance(call["index"], Boxes):
+        if call["softcap"] is not None:
+            return "softcap is not in the C++ engine's boxes"
+        return "the problem is empty" if 0 in call["q"].shape or call["v"].shape[3] == 0 else unusable(call["q"])
     tensors = (call["q"], call["k"], call["v"], call["index"].indices)
     if any(0 in x.shape for x in tensors):
         return "the problem is empty"

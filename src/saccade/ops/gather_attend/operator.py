@@ -26,9 +26,10 @@ def _lists(q: Tensor, k: Tensor, indices: Tensor, *rules: Any) -> Lists:
     )  # fmt: skip
 
 
-def _gather_attend(
+def lists_forward(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sinks: Tensor | None, *rules: Any
 ) -> tuple[Tensor, Tensor]:
+    """Out in the dtype of q, and lse."""
     lists = _lists(q, k, indices, *rules)
     if indices.numel():
         low, high = (int(bound) for bound in torch.aminmax(indices))
@@ -46,10 +47,11 @@ def _gather_attend(
         return eager.forward(q, without(k, bad), without(v, bad), sinks, lists, bad)
 
 
-def _gather_attend_backward(
+def lists_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, sinks: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and the sinks (empty without them)."""
     *rules, out, lse = rest
     lists = _lists(q, k, indices, *rules)
     with no_autocast(q.device):
@@ -74,11 +76,11 @@ def _fake_backward(
 
 
 gather_attend_op = torch.library.custom_op(
-    "saccade::gather_attend", _gather_attend, mutates_args=(), schema=f"({_SHARED}) -> (Tensor, Tensor)"
+    "saccade::gather_attend", lists_forward, mutates_args=(), schema=f"({_SHARED}) -> (Tensor, Tensor)"
 )
 gather_attend_backward_op = torch.library.custom_op(
     "saccade::gather_attend_backward",
-    _gather_attend_backward,
+    lists_backward,
     mutates_args=(),
     schema=f"(Tensor grad_out, Tensor? grad_lse, {_SHARED}, Tensor out, Tensor lse) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -105,4 +107,4 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 gather_attend_op.register_autograd(_backward, setup_context=_setup_context)
 
-__all__ = ["gather_attend_backward_op", "gather_attend_op"]
+__all__ = ["gather_attend_backward_op", "gather_attend_op", "lists_backward", "lists_forward"]
