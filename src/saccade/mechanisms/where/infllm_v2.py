@@ -11,7 +11,7 @@ from torch import Tensor
 from saccade.catalog import register
 from saccade.mechanisms.base import Selector, require
 from saccade.mechanisms.where._blocks import head_scores, largest, tiled_layout
-from saccade.mechanisms.where._compressed import past_windows, window_means
+from saccade.mechanisms.where._compressed import past_windows, window_means, windows_of_blocks
 from saccade.types import BlockLayout, Geometry, Kind, Pattern
 
 CHUNK_SCORES = 1 << 22
@@ -122,15 +122,8 @@ class InfLLMV2(Selector):
         block = torch.arange(-(-keys // self.block), device=q.device)
         own = (places // self.block)[:, None]
         always = (block < self.init_blocks) | (block >= own - self.local_blocks)
-        best = self._by_block(weights, len(block)).masked_fill(always, float("inf"))
+        met = windows_of_blocks(weights, len(block), self.block, self.kernel, self.stride)
+        best = met.amax(-1).masked_fill(always, float("inf"))
         # One window may be the best of two blocks, so ties are common.
         best = largest(best.masked_fill(block > own, -float("inf")), self.topk)
         return (best | always | (places < self.dense_below)[:, None]) & (block <= own)
-
-    def _by_block(self, weights: Tensor, blocks: int) -> Tensor:
-        """Largest weight among the windows that meet each block: `[B, G, M, blocks]`."""
-        per_block, before = self.block // self.stride, self.kernel // self.stride - 1
-        # Block c meets the windows c * per_block - before ... c * per_block + per_block - 1.
-        missing = blocks * per_block - weights.shape[-1]
-        padded = torch.nn.functional.pad(weights, (before, missing))
-        return padded.unfold(-1, per_block + before, per_block).amax(-1)
