@@ -1,4 +1,4 @@
-"""What InfLLM-V2, NSA and SSA share: windows of keys compressed to one, what they say of blocks, and lists of blocks."""
+"""What InfLLM-V2, NSA and SSA share: keys compressed in windows, what these say of blocks, and lists of blocks."""
 
 from __future__ import annotations
 
