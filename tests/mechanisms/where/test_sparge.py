@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from saccade.mechanisms.where.sparge import Sparge, hilbert_order
+from saccade.mechanisms.where._orders import hilbert_order
+from saccade.mechanisms.where.sparge import Sparge
 from saccade.types import Geometry
 
 
