@@ -149,7 +149,7 @@ class LLSA(RegionSelector):
         fine: Any = block_attend(q, k, v, layout, scale=factor, return_lse=True, impl=impl)
         out, lse = fine
         if self.enrich and cells:
-            coarse = self._coarse(*(x[:, :, :cells] for x in (q, k, v)), picked, factor, impl)
+            coarse = self._coarse(q[:, :, :cells], k[:, :, :cells], v[:, :, :cells], picked, factor, impl)
             part: Any = merge([(out[:, :, :cells], lse[:, :, :cells]), *coarse])
             out, lse = (torch.cat([a, b[:, :, cells:]], 2) for a, b in zip(part, fine, strict=True))
         out = regions.restore(out)
