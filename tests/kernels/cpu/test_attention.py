@@ -110,6 +110,12 @@ def band_mask(queries: int, keys: int, left: int, right: int) -> Tensor:
     return keep
 
 
+def penalty(slopes: Tensor, queries: int, keys: int) -> Tensor:
+    """What ALiBi adds to the scores, `[H, M, N]` in fp64."""
+    distance = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)
+    return -slopes.double()[:, None, None] * distance.abs()
+
+
 def agree(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], v: Tensor) -> None:
     """Out within the rounding of the weights (bf16 where they are multiplied in pairs), lse within that of fp32."""
     rounding = 2**-8 if v.dtype == torch.bfloat16 else 2e-5
@@ -135,7 +141,7 @@ def problems(draw: Callable) -> dict:
 
 
 def drawn_rules(draw: Callable, problem: dict) -> tuple[dict, Tensor, Tensor | None]:
-    """Arguments of the engine, which pairs they keep, and the bias."""
+    """Arguments of the engine, which pairs they keep, and what is added to the scores: bias and ALiBi."""
     q, k, _ = problem["qkv"]
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
     generator = torch.Generator().manual_seed(problem["seed"] + 9)
@@ -155,6 +161,10 @@ def drawn_rules(draw: Callable, problem: dict) -> tuple[dict, Tensor, Tensor | N
         bias = bias.masked_fill(torch.rand(sizes, generator=generator) < draw(st.sampled_from([0.0, 0.2])), -INF)
         rules["bias"] = bias
         keep = keep & (bias > -INF)
+    if draw(st.booleans()):
+        rules["alibi"] = torch.rand(heads, generator=generator) * 0.5
+        lowered = penalty(rules["alibi"], queries, keys)
+        bias = lowered if bias is None else bias + lowered
     return rules, keep, bias
 
 
@@ -168,6 +178,44 @@ def test_dense_attention_agrees_with_the_formula(isa, data):
     with instruction_set(isa), threads(data.draw(st.sampled_from([1, 2, 7]))):
         found = cpu.attention(q, k, v, scale=problem["scale"], **rules)
     agree(found, formula(q, k, v, keep, problem["scale"], rules["softcap"], bias), v)
+
+
+@each_set
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("queries", "keys"), [(70, 70), (33, 129), (129, 33)])
+@pytest.mark.parametrize("sides", [(-1, -1), (-1, 0), (20, 0), (11, 5)])
+def test_slopes_agree_with_the_formula(isa, dtype, queries, keys, sides):
+    shapes = (2, 8, queries, 32), (2, 2, keys, 32), (2, 2, keys, 24)
+    q, k, v = (sized(*shape, "plain", seed, dtype) for seed, shape in enumerate(shapes))
+    slopes = 2.0 ** -torch.arange(1.0, 9.0)  # the paper's, of eight heads
+    keep = band_mask(queries, keys, *sides)
+    with instruction_set(isa):
+        found = cpu.attention(q, k, v, scale=0.2, left=sides[0], right=sides[1], alibi=slopes)
+    agree(found, formula(q, k, v, keep, 0.2, None, penalty(slopes, queries, keys)), v)
+
+
+@each_set
+def test_slopes_far_down_a_long_sequence(isa):
+    """A band needs only the last keys; distances stay exact however large the positions."""
+    q, k, v = (sized(1, 2, rows, 16, "plain", seed, torch.float32) for seed, rows in enumerate((40, 300_000, 300_000)))
+    slopes = torch.tensor([0.5, 0.03125])
+    with instruction_set(isa):
+        found = cpu.attention(q, k, v, scale=0.25, left=100, right=0, alibi=slopes)
+    wanted = formula(
+        q, k[:, :, -200:], v[:, :, -200:], band_mask(40, 200, 100, 0), 0.25, None, penalty(slopes, 40, 200)
+    )
+    agree(found, wanted, v)
+
+
+@each_set
+@pytest.mark.parametrize("block", [(16, 32), (64, 64)])
+def test_slopes_under_a_layout(isa, block):
+    q, k, v = (sized(1, heads, rows, 16, "plain", 3, torch.float32) for heads, rows in ((4, 90), (2, 130), (2, 130)))
+    mask = torch.rand(1, 4, 90, 130, generator=torch.Generator().manual_seed(4)) < 0.3
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    with instruction_set(isa):
+        found = cpu.attention(q, k, v, scale=0.25, alibi=slopes, layout=BlockLayout.from_dense(mask, block))
+    agree(found, formula(q, k, v, mask, 0.25, None, penalty(slopes, 90, 130)), v)
 
 
 BLOCKS = st.sampled_from([16, 24, 64, 100, 128, 256])

@@ -96,6 +96,8 @@ def band_rules(draw: Callable, problem: dict) -> tuple[dict, Tensor]:
         bias = torch.randn(sizes, generator=generator)
         rules["bias"] = bias.masked_fill(torch.rand(sizes, generator=generator) < 0.1, -INF)
         keep = keep & (rules["bias"] > -INF)
+    if draw(st.booleans()):
+        rules["alibi"] = torch.rand(heads, generator=generator) * 0.1
     return rules, keep
 
 
@@ -125,6 +127,9 @@ def formula(problem: dict, rules: dict, keep: Tensor) -> tuple[list[Tensor], lis
         tanh = torch.tanh(scores / softcap)
         scores, slope = softcap * tanh, 1 - tanh.square()
     scores = scores + rules.get("bias", torch.zeros(())).double()
+    if "alibi" in rules:
+        distance = torch.arange(k.shape[2]) - torch.arange(q.shape[2])[:, None] - (k.shape[2] - q.shape[2])
+        scores = scores - rules["alibi"].double()[:, None, None] * distance.abs()
     exponentials = torch.exp(scores) * keep
     total = exponentials.sum(-1, keepdim=True)
     weights = exponentials / total.masked_fill(total == 0, 1.0)
@@ -176,6 +181,23 @@ def test_bits_are_equal_from_run_to_run_and_over_threads(isa, draw_rules, data):
             results.append(run(problem, rules))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@each_set
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("queries", "keys"), [(70, 70), (33, 129), (129, 33)])
+@pytest.mark.parametrize("sides", [(-1, -1), (-1, 0), (20, 0), (11, 5)])
+def test_slopes_agree_with_the_formula(isa, dtype, queries, keys, sides):
+    shapes = (2, 8, queries, 32), (2, 2, keys, 32), (2, 2, keys, 24), (2, 8, queries, 24)
+    tensors = [strided(shape, "plain", seed, dtype) for seed, shape in enumerate(shapes)]
+    problem = {"qkvg": tensors, "grad_lse": None, "scale": 0.2}
+    distance = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)
+    keep = ((distance >= -sides[0]) | (sides[0] < 0)) & ((distance <= sides[1]) | (sides[1] < 0))
+    rules = {"left": sides[0], "right": sides[1], "alibi": 2.0 ** -torch.arange(1.0, 9.0)}
+    with engine(isa, 2):
+        found = run(problem, rules)
+    for one, wanted, allowed in zip(found, *formula(problem, rules, keep), strict=True):
+        assert bool(((one.double() - wanted).abs() <= allowed).all())
 
 
 @each_set

@@ -96,6 +96,23 @@ def test_any_shape(
 
 @each_set
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 600), (5, 90), (9, 4)])
+@pytest.mark.parametrize("sides", [(-1, -1), (-1, 0), (40, 3)])
+def test_slopes(isa: str, dtype: str, queries: int, keys: int, sides: tuple[int, int]) -> None:
+    shapes = (2, 6, queries, 40), (2, 2, keys, 40), (2, 2, keys, 40)
+    q, k, v = (draw(*shape, seed=seed, dtype=DTYPES[dtype]) for seed, shape in enumerate(shapes))
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.03125, 0.0])
+    distance = (torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)).abs()
+    lowered = -slopes.double()[:, None, None] * distance
+    for softcap in (None, 1.5):
+        with instruction_set(isa):
+            found = cpu.decoding(q, k, v, scale=0.2, left=sides[0], right=sides[1], softcap=softcap, alibi=slopes)
+        expected = formula(q, k, v, band(queries, keys, *sides), 0.2, softcap, lowered)
+        agree(found, expected, max(ERROR[dtype], 1e-5))
+
+
+@each_set
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_bias_and_segments(isa: str, dtype: str) -> None:
     q, k, v = (draw(2, heads, rows, 40, seed=rows, dtype=DTYPES[dtype]) for heads, rows in ((4, 3), (2, 90), (2, 91)))
     v = v[:, :, :90]

@@ -39,7 +39,18 @@ def visible(i: int, j: int, queries: int, keys: int, *, causal: bool, window: tu
 
 
 def oracle(
-    q, k, v, causal=False, window=None, bias=None, softcap=None, sinks=None, segments=None, scale=None, mod=None
+    q,
+    k,
+    v,
+    causal=False,
+    window=None,
+    bias=None,
+    softcap=None,
+    sinks=None,
+    segments=None,
+    scale=None,
+    mod=None,
+    alibi=None,
 ):  # noqa: ANN001, ANN201
     """One softmax at a time, differentiable; reads only the keys and values a query sees."""
     batch, heads, queries, dim = q.shape
@@ -59,6 +70,8 @@ def oracle(
                 logits = [(q[b, h, i] * k[b, h // share, j]).sum() * scale for j in js]
                 if softcap is not None:
                     logits = [softcap * torch.tanh(x / softcap) for x in logits]
+                if alibi is not None:
+                    logits = [x - alibi[h] * abs(i + keys - queries - j) for x, j in zip(logits, js, strict=True)]
                 if bias is not None:
                     logits = [x + bias[b, h, i, j] for x, j in zip(logits, js, strict=True)]
                 if mod is not None:
@@ -82,6 +95,7 @@ SEGMENTS = (
     torch.tensor([[0, 0, 0, 1, 1, 1, 3, -1, -1], [1, 1, 2, 2, 0, 0, 0, 0, 5]]),
 )
 HIDING = torch.tensor([0.3, -INF, 0.1, -0.4, 0.0, 2.0, -INF, 0.0, -1.0], dtype=FP64)
+SLOPES = torch.tensor([0.5, 0.25, 1.0, -0.125], dtype=FP64)
 RULES = {
     "plain": {},
     "causal": {"causal": True},
@@ -96,9 +110,13 @@ RULES = {
     "sinks": {"sinks": draw(4, seed=8)},
     "segments": {"segments": SEGMENTS},
     "scale": {"scale": 0.3},
+    "alibi": {"alibi": SLOPES},
+    "alibi, causal": {"alibi": SLOPES.float(), "causal": True, "window": (3, 0)},
+    "alibi, bias": {"alibi": SLOPES, "bias": HIDING, "softcap": 1.5},
+    "alibi, score_mod": {"alibi": SLOPES, "window": (4, 2), "mod": lambda score, b, h, i, j: score * (1 + b)},
     "all": {
         "causal": True, "window": (4, 0), "bias": draw(1, 4, 7, 1, seed=9), "softcap": 2.0, "sinks": draw(4, seed=8),
-        "segments": SEGMENTS, "scale": 0.7,
+        "segments": SEGMENTS, "scale": 0.7, "alibi": SLOPES,
     },
     "score_mod": {"causal": True, "mod": lambda score, b, h, i, j: score + 0.125 * (i - j) * (h + 1) + b},
 }  # fmt: skip
@@ -224,6 +242,15 @@ def test_seen_poison_is_seen_by_exactly_those_rows(impl, mod):
     bad[1, :2, 4:] = True
     assert torch.equal(~out.isfinite().all(-1), bad)
     torch.testing.assert_close(out[~bad], clean[~bad], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["auto", "eager"])
+def test_poison_far_away_is_seen_however_steep_the_slopes(impl):
+    """Its weight is below the smallest number, and yet the row sees it."""
+    q, k, v = problem(queries=6, keys=6)
+    v[:, :, 0] = math.nan
+    out = attend(q, k, v, causal=True, alibi=torch.full((4,), 1e4), impl=impl)
+    assert bool(out.isnan().all())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -376,6 +403,7 @@ class TestRecords:
         ("rules", "reason"),
         [
             ({"softcap": 1.0}, "softcap"),
+            ({"alibi": SLOPES}, "alibi"),
             ({"window": (1, 1)}, "window"),
             ({"dropout": 0.1}, "dropout"),
             ({"bias": torch.zeros(9)}, "float32"),
@@ -406,8 +434,11 @@ class TestOperator:
             q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v))
         bias, sinks = torch.zeros(1, 2, 1, 4, requires_grad=True), torch.zeros(2, requires_grad=True)
         ids = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)
+        slopes = torch.tensor([0.5, 0.25])
         rest = (
-            (bias, sinks, *ids, 2, 0, 1.0, 0.5, 2**20, "eager") if full else (None,) * 4 + (-1, 0, None, 0.5, 1, "sdpa")
+            (bias, sinks, *ids, slopes, 2, 0, 1.0, 0.5, 2**20, "eager")
+            if full
+            else (None,) * 5 + (-1, 0, None, 0.5, 1, "sdpa")
         )
         torch.library.opcheck(torch.ops.saccade.attend.default, (q, k, v, *rest))
 
@@ -415,11 +446,12 @@ class TestOperator:
         "rules",
         [
             {"causal": True},
+            {"alibi": SLOPES, "causal": True},
             {"window": (2, 0), "softcap": 1.0, "sinks": torch.zeros(4, dtype=FP64)},
             {"score_mod": lambda score, b, h, i, j: score + i - j},
             {"normalise": lambda scores, mask: scores.relu() * mask},
         ],
-        ids=["sdpa", "eager", "score_mod", "normalise"],
+        ids=["sdpa", "alibi", "eager", "score_mod", "normalise"],
     )
     def test_compiles_whole(self, rules):
         leaves = problem(grad=True)
@@ -431,7 +463,7 @@ class TestOperator:
 
     def test_offsets_beyond_int32(self):
         q = torch.empty(1, 64, 2**20, 64, device="meta", dtype=torch.bfloat16)
-        out, lse = torch.ops.saccade.attend(q, q, q, None, None, None, None, 127, 0, None, 0.125, 2**20, "eager")
+        out, lse = torch.ops.saccade.attend(q, q, q, None, None, None, None, None, 127, 0, None, 0.125, 2**20, "eager")
         assert out.numel() == 2**32
         assert lse.shape == (1, 64, 2**20)
 
@@ -452,6 +484,12 @@ class TestOperator:
         ({"softcap": math.nan}, r"softcap=nan"),
         ({"sinks": torch.zeros(3)}, r"sinks of shape \(3,\): expected \[4\]"),
         ({"sinks": torch.zeros(4, dtype=torch.int64)}, r"sinks is torch.int64 on cpu"),
+        ({"alibi": 0.5}, r"alibi of shape float: expected \[4\], one slope per query head"),
+        ({"alibi": torch.zeros(2)}, r"alibi of shape \(2,\): expected \[4\]"),
+        ({"alibi": torch.zeros(4, dtype=torch.int64)}, r"alibi is torch.int64 on cpu: expected floating point on cpu"),
+        ({"alibi": torch.zeros(4, device="meta")}, r"alibi is torch.float32 on meta: expected floating point on cpu"),
+        ({"alibi": torch.zeros(4, requires_grad=True)}, r"alibi.requires_grad=True: expected constant slopes"),
+        ({"alibi": torch.zeros(4), "impl": "sdpa"}, r"impl='sdpa': attend cannot run it here: alibi"),
         ({"scale": INF}, r"scale=inf: expected a finite number"),
         ({"dropout": 1.0}, r"dropout=1.0: expected a fraction in \[0, 1\)"),
         ({"dropout": -0.1}, r"dropout=-0.1"),

@@ -28,6 +28,7 @@ SEGMENTS = {
     "q_segments": torch.arange(40)[None] // 10 - 1,
     "kv_segments": torch.arange(50)[None] // 10 - 1,
 }
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
 RULES = {
     "causal": {"causal": True},
     "window": {"window": (7, 3)},
@@ -35,7 +36,10 @@ RULES = {
     "softcap": {"softcap": 1.5, "causal": True},
     "sinks": {"sinks": draw(4, seed=3), "causal": True},
     "bias": {"bias": draw(1, 4, 40, 50, seed=4)},
+    "alibi": {"alibi": SLOPES, "causal": True},
+    "alibi, bias": {"alibi": SLOPES, "bias": draw(1, 4, 40, 50, seed=4), "window": (30, 9)},
     "all": {"causal": True, "window": (20, 0), "softcap": 2.0, "sinks": draw(4, seed=3), "bias": draw(50, seed=5)},
+    "all, alibi": {"alibi": SLOPES, "window": (20, 4), "softcap": 2.0, "sinks": draw(4, seed=3), **SEGMENTS},
 }
 
 
@@ -53,6 +57,22 @@ def test_gradients_agree_with_the_reference(rules, with_lse):
         results.append(torch.autograd.grad(loss, [*leaves, *learned.values()]))
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 5, 15, 16, 40])
+@pytest.mark.parametrize("keys", [12, 50])
+@pytest.mark.parametrize("window", [None, (9, 3)])
+def test_slopes_count_from_the_last_key(queries, keys, window):
+    """Few queries go to the kernel for decoding; with more queries than keys the first stand before all keys."""
+    q, k, v = problem()
+    q, k, v = q[:, :, :queries], k[:, :, :keys], v[:, :, :keys]
+    distance = (torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)).double()
+    scores = q.double() @ k.double().repeat_interleave(2, 1).mT * 24**-0.5
+    scores = scores - SLOPES.double()[:, None, None] * distance.abs()
+    seen = torch.ones_like(distance).bool() if window is None else (distance <= 9) & (distance >= -3)
+    weights = (scores.exp() * seen) / (scores.exp() * seen).sum(-1, keepdim=True).clamp_min(1e-300)
+    found = attend(q, k, v, alibi=SLOPES, window=window, impl="cpu")
+    torch.testing.assert_close(found.double(), weights @ v.double().repeat_interleave(2, 1), rtol=1e-5, atol=1e-5)
 
 
 def test_a_bias_without_gradient_is_differentiated_by_the_engine(monkeypatch):

@@ -48,7 +48,7 @@ class Unit {
   Unit(const Attention& problem, const Scratch& scratch, int64_t b, int64_t h, int64_t first, int64_t count)
       : p(problem), s(scratch), b(b), h(h), g(h / (problem.heads / problem.kv_heads)), first(first), count(count),
         paired(HAS_BF16_DOT && problem.storage == BF16 && problem.dim % 2 == 0),
-        plain(problem.scale > 0 && problem.softcap == 0 && !problem.bias), scores(problem, b, h) {}
+        plain(problem.scale > 0 && problem.softcap == 0 && !problem.bias && !problem.alibi), scores(problem, b, h) {}
 
   void run() {
     pack_queries();

@@ -43,11 +43,11 @@ class Attention(ctypes.Structure):
         ("bias", _pointer), ("bias_stride", _size * 4), ("q_segments", _pointer), ("kv_segments", _pointer),
         ("q_segment_stride", _size), ("kv_segment_stride", _size), ("indptr", _pointer), ("indices", _pointer),
         ("kinds", _pointer), ("bits", _pointer), ("layout_batch", _size), ("layout_heads", _size),
-        ("block_q", _size), ("block_k", _size),
+        ("block_q", _size), ("block_k", _size), ("alibi", _pointer),
     )  # fmt: skip
 
-    def point(self, bias: Tensor | None, segments: tuple[Tensor, Tensor] | None) -> list[Tensor]:
-        """Take up a bias and segment ids; returns what must outlive the call."""
+    def point(self, bias: Tensor | None, segments: tuple[Tensor, Tensor] | None, alibi: Tensor | None) -> list[Tensor]:
+        """Take up a bias, segment ids and slopes; returns what must outlive the call."""
         alive: list[Tensor] = []
         if bias is not None:
             alive.append(bias.float().expand(self.batch, self.heads, self.queries, self.keys))
@@ -59,6 +59,9 @@ class Attention(ctypes.Structure):
             alive += [q_ids, kv_ids]
             self.q_segments, self.q_segment_stride = q_ids.data_ptr(), q_ids.stride(0)
             self.kv_segments, self.kv_segment_stride = kv_ids.data_ptr(), kv_ids.stride(0)
+        if alibi is not None:
+            alive.append(alibi.float().contiguous())
+            self.alibi = alive[-1].data_ptr()
         return alive
 
 
@@ -77,6 +80,8 @@ class Rules(TypedDict, total=False):
     """Added to the scores; broadcasts to `[B, H, M, N]`."""
     segments: tuple[Tensor, Tensor] | None
     """int `[B or 1, M]` and `[B or 1, N]`; negative sees nothing."""
+    alibi: Tensor | None
+    """`[H]`: the score of query i and key j loses alibi[h] * |i + N - M - j|."""
     layout: BlockLayout | None
     """Which blocks are computed."""
 
@@ -92,6 +97,7 @@ def describe(
     softcap: float | None = None,
     bias: Tensor | None = None,
     segments: tuple[Tensor, Tensor] | None = None,
+    alibi: Tensor | None = None,
     layout: BlockLayout | None = None,
 ) -> tuple[Attention, list[Tensor]]:
     """The problem of `attention`, without its results; the tensors returned must outlive its use."""
@@ -102,7 +108,7 @@ def describe(
         batch, heads, k.shape[1], queries, keys, dim, value_dim, STORAGE[q.dtype], torch.get_num_threads(),
         Rows.of(q), Rows.of(k), Rows.of(v), None, None, scale, 0.0 if softcap is None else softcap, left, right,
     )  # fmt: skip
-    alive = [q, k, v, *problem.point(bias, segments)]
+    alive = [q, k, v, *problem.point(bias, segments, alibi)]
     if layout is not None:
         for name, x in checked(layout).items():
             alive.append(x)

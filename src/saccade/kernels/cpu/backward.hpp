@@ -181,7 +181,7 @@ class BackwardUnit {
       : full(problem), p(problem.forward), s(scratch), turns(turns), unit(unit), before(before), b(b), g(g), first(first),
         count(count), depth(p.dim / PER), value_depth(p.value_dim / PER), key_stride(stride_for(depth)),
         value_stride(stride_for(value_depth)), dkey_stride(stride_for(p.dim)), dvalue_stride(stride_for(p.value_dim)),
-        plain(p.softcap == 0 && !p.bias) {}
+        plain(p.softcap == 0 && !p.bias && !p.alibi) {}
 
   void run() {
     take_keys();

@@ -392,7 +392,7 @@ class Stream {
 
   // Scores of each row become weights; whether some key was hidden from some row.
   bool soften_rows(const Batch& batch, int whole) {
-    const bool plain = p.a.softcap == 0 && !p.a.bias;
+    const bool plain = p.a.softcap == 0 && !p.a.bias && !p.a.alibi;
     bool any = false;
     for (int64_t r = 0; r < u.count; ++r) {
       float* row = scores + r * SLICE;
@@ -427,6 +427,14 @@ class Stream {
   void transform(float* row, int64_t r, const Batch& batch, int whole) {
     if (p.a.softcap > 0)
       for (int j = 0; j < whole; j += LANES) store(row + j, capped(load(row + j), p.a.softcap));
+    if (p.a.alibi) {
+      const int64_t place = query_of(r) + tokens - p.a.queries;
+      const float slope = p.a.alibi[head_of(r)];
+      for (int j = 0; j < batch.count; ++j) {
+        float distance = float(place - batch.position[j]);
+        row[j] -= slope * (distance < 0 ? -distance : distance);
+      }
+    }
     if (p.a.bias) {
       const float* bias = p.a.bias + u.b * p.a.bias_stride[0] + head_of(r) * p.a.bias_stride[1] + query_of(r) * p.a.bias_stride[2];
       for (int j = 0; j < batch.count; ++j) {  // -inf hides, whatever the score

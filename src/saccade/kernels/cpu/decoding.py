@@ -119,7 +119,7 @@ def decoding(
         STORAGE[k.dtype] if pages is None or pages.bits is None else CODES[pages.bits],
         list_heads=kv_heads, list_group=queries,
     )  # fmt: skip
-    alive = problem.a.point(rules.get("bias"), rules.get("segments"))  # what the problem points to
+    alive = problem.a.point(rules.get("bias"), rules.get("segments"), rules.get("alibi"))  # what the problem points to
     if pages is not None:
         table, lengths = pages.table.contiguous(), pages.lengths.contiguous()
         alive += [table, lengths]

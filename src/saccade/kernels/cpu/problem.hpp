@@ -12,7 +12,8 @@ struct Rows {
   int64_t batch_stride, head_stride, row_stride;
 };
 
-// Softmax attention of q [B, H, M, D] over k [B, G, N, D], v [B, G, N, E]; scores are scale * q.k, capped, biased, masked.
+// Softmax attention of q [B, H, M, D] over k [B, G, N, D], v [B, G, N, E]; scores are scale * q.k, capped, lowered by
+// distance (ALiBi), biased, masked.
 // Pairs kept are those of the band, of the layout if there is one, and of equal segments if there are any.
 struct Attention {
   int64_t batch, heads, kv_heads, queries, keys, dim, value_dim;
@@ -30,6 +31,7 @@ struct Attention {
   const int32_t *indices, *kinds;
   const uint8_t* bits;
   int64_t layout_batch, layout_heads, block_q, block_k;
+  const float* alibi;  // or null; [H]: query i's score of key j loses alibi[h] * |i + N - M - j|
 };
 
 }  // namespace saccade

@@ -25,10 +25,13 @@ class Scores {
     return start > highest(from + rows - 1) || start + keys - 1 < lowest(from);
   }
 
-  // q.k becomes what softmax wants: scaled, capped, biased. `slopes`, if given, receives the cap's derivative.
+  // q.k becomes what softmax wants: scaled, capped, lowered by distance, biased. `slopes`, if given, receives the
+  // cap's derivative.
   void transform(int64_t from, int64_t rows, int64_t start, int keys, float* scores, float* slopes) const {
     const float* bias = p.bias;
     if (bias) bias += b * p.bias_stride[0] + h * p.bias_stride[1];
+    vf lane;
+    for (int i = 0; i < LANES; ++i) lane[i] = float(i);
     for (int j = 0; j < keys; ++j)
       for (int half = 0; half < 2; ++half) {
         float* place = scores + j * PANEL + half * LANES;
@@ -41,6 +44,10 @@ class Scores {
           vf tanh = magnitude < 0.01f ? odd : 1.0f - 2.0f / (e + 1.0f);
           if (slopes) store(slopes + j * PANEL + half * LANES, 1.0f - tanh * tanh);
           x = p.softcap * tanh;
+        }
+        if (p.alibi) {
+          vf distance = lane + float(from + half * LANES + p.keys - p.queries - start - j);
+          x -= p.alibi[h] * (distance < 0.0f ? -distance : distance);
         }
         if (bias)
           for (int i = 0; i < LANES; ++i)

@@ -28,7 +28,7 @@ def _rules(call: Call) -> Rules:
         left, right, None if call["softcap"] is None else float(call["softcap"]),
         resolve_scale(call["scale"], q.shape[3]), call["workspace"],
         None if bias is None else bias[(None,) * (4 - bias.ndim)],
-        call["sinks"], call["q_segments"], call["kv_segments"],
+        call["sinks"], call["q_segments"], call["kv_segments"], call["alibi"],
     )  # fmt: skip
 
 
@@ -51,7 +51,8 @@ def _run_reference(call: Call) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
     return reference_attention(
         q, k, call["v"], mask, scale=resolve_scale(call["scale"], q.shape[3]), bias=call["bias"],
-        softcap=call["softcap"], sinks=call["sinks"], score_mod=call["score_mod"], normalise=call["normalise"],
+        softcap=call["softcap"], alibi=call["alibi"], sinks=call["sinks"], score_mod=call["score_mod"],
+        normalise=call["normalise"],
     )  # fmt: skip
 
 
@@ -71,7 +72,7 @@ IMPLEMENTATIONS = {
 @overload
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., window: tuple[int, int] | None = ...,
-    bias: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    bias: Tensor | None = ..., alibi: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
     q_segments: Tensor | None = ..., kv_segments: Tensor | None = ..., scale: float | None = ...,
     dropout: float = ..., score_mod: Callable[..., Tensor] | None = ...,
     normalise: Callable[[Tensor, Tensor], Tensor] | None = ..., return_lse: Literal[False] = ...,
@@ -80,7 +81,7 @@ def attend(
 @overload
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., window: tuple[int, int] | None = ...,
-    bias: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    bias: Tensor | None = ..., alibi: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
     q_segments: Tensor | None = ..., kv_segments: Tensor | None = ..., scale: float | None = ...,
     dropout: float = ..., score_mod: Callable[..., Tensor] | None = ...,
     normalise: Callable[[Tensor, Tensor], Tensor] | None = ..., return_lse: Literal[True],
@@ -89,7 +90,7 @@ def attend(
 @overload
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., window: tuple[int, int] | None = ...,
-    bias: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    bias: Tensor | None = ..., alibi: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
     q_segments: Tensor | None = ..., kv_segments: Tensor | None = ..., scale: float | None = ...,
     dropout: float = ..., score_mod: Callable[..., Tensor] | None = ...,
     normalise: Callable[[Tensor, Tensor], Tensor] | None = ..., return_lse: bool = ...,
@@ -103,6 +104,7 @@ def attend(
     causal: bool = False,
     window: tuple[int, int] | None = None,
     bias: Tensor | None = None,
+    alibi: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     q_segments: Tensor | None = None,
@@ -117,9 +119,9 @@ def attend(
 ) -> Tensor | AttentionOutput:
     """Exact softmax attention.
 
-    Each score is `scale * q . k`, then capped, biased and given to `score_mod`, in this order. A query that sees no key
-    gives output 0, LSE -inf (its sink's logit, if it has one) and gradient 0. NaN and inf in keys and values that no
-    query sees reach neither outputs nor gradients; a query that does see one gives NaN.
+    Each score is `scale * q . k`, then capped, lowered by distance (`alibi`), biased and given to `score_mod`, in this
+    order. A query that sees no key gives output 0, LSE -inf (its sink's logit, if it has one) and gradient 0. NaN and
+    inf in keys and values that no query sees reach neither outputs nor gradients; a query that does see one gives NaN.
 
     Args:
         q: `[B, H, M, D]`, floating point.
@@ -129,6 +131,8 @@ def attend(
         window: `(left, right)`: query i sees keys i + N - M - left .. i + N - M + right; -1 = unbounded. With `causal`,
             `right` counts as 0. Keys outside a chunk's windows are not read: the cost is M * (left + right).
         bias: Added to the scores; broadcasts to `[B, H, M, N]`. -inf hides a pair.
+        alibi: `[H]`, finite slopes: the score of query i and key j loses `alibi[h] * |i + N - M - j|`. They get no
+            gradient: slopes that require one are refused.
         softcap: Scores become `softcap * tanh(score / softcap)`; above 0.
         sinks: `[H]`, a logit per head that takes part in the softmax and brings no value.
         q_segments: int `[B or 1, M]`: a query sees the keys of its own segment. Negative sees nothing.
@@ -150,9 +154,10 @@ def attend(
         ValueError: If an argument is out of range or does not fit the others, or `impl` cannot run the call.
     """
     call = {
-        "q": q, "k": k, "v": v, "causal": causal, "window": window, "bias": bias, "softcap": softcap, "sinks": sinks,
-        "q_segments": q_segments, "kv_segments": kv_segments, "scale": scale, "dropout": dropout,
-        "score_mod": score_mod, "normalise": normalise, "return_lse": return_lse, "workspace": workspace,
+        "q": q, "k": k, "v": v, "causal": causal, "window": window, "bias": bias, "alibi": alibi,
+        "softcap": softcap, "sinks": sinks, "q_segments": q_segments, "kv_segments": kv_segments, "scale": scale,
+        "dropout": dropout, "score_mod": score_mod, "normalise": normalise, "return_lse": return_lse,
+        "workspace": workspace,
     }  # fmt: skip
     check_call(call)
     chosen, refused = choose("attend", IMPLEMENTATIONS, impl, call)

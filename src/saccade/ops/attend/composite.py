@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from saccade.ops.attend.band import Chunk, chunk_mask
-from saccade.ops.attend.eager import Rules, bias_slice, fold, plan
+from saccade.ops.attend.eager import Rules, bias_slice, fold, plan, sloped
 from saccade.ops.attend.operator import bad_tokens, is_finite, without
 from saccade.ops.checks import accumulation_dtype
 
@@ -73,7 +73,8 @@ def _chunk(
     rows = q[:, :, start:stop]
     rows = rows if bad is None else rows.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # queries of padding
     scores = torch.matmul(fold(rows, groups, dtype) * rules.scale, keys.mT)
-    scores = _modified(scores.view(batch, heads, stop - start, high - low), chunk, rules, callbacks.score_mod)
+    scores = scores.view(batch, heads, stop - start, high - low)
+    scores = _modified(scores, chunk, rules, (total, length), callbacks.score_mod)
     weights, lse = _weights(scores, mask, rules.sinks, callbacks.normalise)
     weights = torch.nn.functional.dropout(weights, callbacks.dropout) if callbacks.dropout else weights
     out = torch.matmul(weights.reshape(batch, groups, heads // groups * (stop - start), high - low), values)
@@ -84,10 +85,14 @@ def _chunk(
     return out.masked_fill(seen.any(-1, keepdim=True), torch.nan), lse.masked_fill(seen.any(-1), torch.nan)
 
 
-def _modified(scores: Tensor, chunk: Chunk, rules: Rules, score_mod: Callable[..., Tensor] | None) -> Tensor:
-    """Softcap, bias and `score_mod` on scaled scores `[B, H, m, n]`."""
+def _modified(
+    scores: Tensor, chunk: Chunk, rules: Rules, sizes: tuple[int, int], score_mod: Callable[..., Tensor] | None
+) -> Tensor:
+    """Softcap, ALiBi, bias and `score_mod` on scaled scores `[B, H, m, n]`."""
     if rules.softcap is not None:
         scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    if rules.alibi is not None:
+        scores = sloped(scores, rules.alibi, chunk, *sizes)
     if rules.bias is not None:
         bias = bias_slice(rules.bias, chunk).to(scores.dtype)
         scores = scores + bias.masked_fill(bias == -torch.inf, 0.0)  # hidden by the mask instead

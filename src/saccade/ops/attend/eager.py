@@ -39,6 +39,7 @@ class Rules:
     sinks: Tensor | None = None
     q_segments: Tensor | None = None
     kv_segments: Tensor | None = None
+    alibi: Tensor | None = None
 
 
 def plan(q: Tensor, k: Tensor, rules: Rules) -> Iterator[Chunk]:
@@ -76,6 +77,13 @@ def bias_slice(bias: Tensor, chunk: Chunk) -> Tensor:
     return rows if bias.shape[3] == 1 else rows[..., chunk.low : chunk.high]
 
 
+def sloped(scores: Tensor, alibi: Tensor, chunk: Chunk, queries: int, keys: int) -> Tensor:
+    """`scores` `[B, H, m, n]` of a chunk less `alibi` `[H]` times the distance of query and key."""
+    place = torch.arange(chunk.start, chunk.stop, device=scores.device) + keys - queries
+    distance = (place[:, None] - torch.arange(chunk.low, chunk.high, device=scores.device)).abs()
+    return torch.addcmul(scores, alibi.to(scores.dtype)[:, None, None], distance.to(scores.dtype), value=-1)
+
+
 def chunk_scores(
     queries: Tensor, keys: Tensor, chunk: Chunk, rules: Rules, sizes: tuple[int, int, int, int]
 ) -> tuple[Tensor, Tensor | None]:
@@ -90,6 +98,8 @@ def chunk_scores(
     if rules.softcap is not None:
         tanh = torch.tanh(scores / rules.softcap)
         scores = tanh * rules.softcap
+    if rules.alibi is not None:
+        scores = sloped(scores, rules.alibi, chunk, total, length)
     if rules.bias is not None:
         scores = scores + bias_slice(rules.bias, chunk).to(scores.dtype)
     mask = chunk_mask(chunk, total, length, rules.left, rules.right, rules.q_segments, rules.kv_segments, scores.device)

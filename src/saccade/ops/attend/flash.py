@@ -24,7 +24,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward 
 def refuses(call: Mapping[str, Any]) -> str | None:
     """Why the fused kernel cannot serve the call, or None."""
     q, k, bias = call["q"], call["k"], call["bias"]
-    for name in ("score_mod", "normalise", "softcap", "q_segments"):
+    for name in ("score_mod", "normalise", "softcap", "alibi", "q_segments"):
         if call[name] is not None:
             return f"{name} is not in PyTorch's fused kernel"
     if call["dropout"] > 0:

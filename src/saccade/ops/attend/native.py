@@ -46,8 +46,9 @@ def _arguments(rules: Rules) -> cpu.Rules:
     if rules.q_segments is not None and rules.kv_segments is not None:
         segments = rules.q_segments, rules.kv_segments
     return cpu.Rules(
-        scale=rules.scale, left=rules.left, right=rules.right, softcap=rules.softcap, bias=rules.bias, segments=segments
-    )
+        scale=rules.scale, left=rules.left, right=rules.right, softcap=rules.softcap, bias=rules.bias,
+        segments=segments, alibi=rules.alibi,
+    )  # fmt: skip
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:

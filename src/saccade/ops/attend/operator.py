@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ FORWARDS = {"cpu": native.forward, "sdpa": flash.forward, "eager": eager.forward
 
 _SHARED = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor? q_segments, Tensor? kv_segments, "
-    "int left, int right, float? softcap, float scale, int workspace, str impl"
+    "Tensor? alibi, int left, int right, float? softcap, float scale, int workspace, str impl"
 )
 
 
@@ -50,9 +51,10 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, q_segments: Tensor | None,
-    kv_segments: Tensor | None, left: int, right: int, softcap: float | None, scale: float, workspace: int, impl: str,
+    kv_segments: Tensor | None, alibi: Tensor | None, left: int, right: int, softcap: float | None, scale: float,
+    workspace: int, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rules = Rules(left, right, softcap, scale, workspace, bias, sinks, q_segments, kv_segments)
+    rules = Rules(left, right, softcap, scale, workspace, bias, sinks, q_segments, kv_segments, alibi)
     with no_autocast(q.device):
         out, lse = FORWARDS[impl](q, k, v, rules)
         if impl == "cpu" or is_finite(out):
@@ -62,16 +64,18 @@ def _attend(
             return out, lse
         out, lse = FORWARDS[impl](q, without(k, bad), without(v, bad), rules)
         mark = bad[..., None].to(torch.float32)
-        seen = eager.forward(torch.zeros_like(q[..., :1], dtype=torch.float32), torch.zeros_like(mark), mark, rules)[0]
+        near = replace(rules, alibi=None)  # no weight may vanish with distance
+        seen = eager.forward(torch.zeros_like(q[..., :1], dtype=torch.float32), torch.zeros_like(mark), mark, near)[0]
         return out.masked_fill(seen > 0, torch.nan), lse.masked_fill(seen[..., 0] > 0, torch.nan)
 
 
 def _attend_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    sinks: Tensor | None, q_segments: Tensor | None, kv_segments: Tensor | None, left: int, right: int,
-    softcap: float | None, scale: float, workspace: int, impl: str, out: Tensor, lse: Tensor, bias_grad: bool,
+    sinks: Tensor | None, q_segments: Tensor | None, kv_segments: Tensor | None, alibi: Tensor | None, left: int,
+    right: int, softcap: float | None, scale: float, workspace: int, impl: str, out: Tensor, lse: Tensor,
+    bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rules = Rules(left, right, softcap, scale, workspace, bias, sinks, q_segments, kv_segments)
+    rules = Rules(left, right, softcap, scale, workspace, bias, sinks, q_segments, kv_segments, alibi)
     with no_autocast(q.device):
         if not all(is_finite(x) for x in (q, k, v, grad_out)):
             bad, dead = bad_tokens(k, v), lse == -torch.inf
@@ -115,8 +119,8 @@ attend_backward_op.register_fake(_fake_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:7], *output)
-    ctx.rules = inputs[7:]
+    ctx.save_for_backward(*inputs[:8], *output)
+    ctx.rules = inputs[8:]
     ctx.set_materialize_grads(False)
 
 
@@ -138,8 +142,8 @@ attend_op.register_autograd(_backward, setup_context=_setup_context)
 def run(q: Tensor, k: Tensor, v: Tensor, rules: Rules, impl: str) -> tuple[Tensor, Tensor]:
     """The operator on `rules`."""
     return torch.ops.saccade.attend(
-        q, k, v, rules.bias, rules.sinks, rules.q_segments, rules.kv_segments, rules.left, rules.right, rules.softcap,
-        rules.scale, rules.workspace, impl,
+        q, k, v, rules.bias, rules.sinks, rules.q_segments, rules.kv_segments, rules.alibi, rules.left, rules.right,
+        rules.softcap, rules.scale, rules.workspace, impl,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ def reference_attention(
     scale: float,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    alibi: Tensor | None = None,
     sinks: Tensor | None = None,
     score_mod: Callable[..., Tensor] | None = None,
     normalise: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -38,6 +39,10 @@ def reference_attention(
     scores = (queries[:, :, :, None] * seen_keys).sum(-1) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if alibi is not None:
+        place = torch.arange(shape[2], device=q.device)[:, None] + shape[3] - shape[2]
+        distance = (place - torch.arange(shape[3], device=q.device)).abs()
+        scores = scores - alibi.to(accumulate)[:, None, None] * distance
     if bias is not None:
         scores = scores + bias.to(accumulate).masked_fill(bias == -torch.inf, 0.0)
     if score_mod is not None:

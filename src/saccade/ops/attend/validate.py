@@ -27,6 +27,7 @@ def check_call(call: Mapping[str, Any]) -> None:
     check_bias(call["bias"], q, k)
     check_softcap(call["softcap"])
     check_sinks(call["sinks"], q)
+    check_alibi(call["alibi"], q)
     check_scale(call["scale"])
     check_workspace(call["workspace"])
     if not 0.0 <= call["dropout"] < 1.0:
@@ -84,6 +85,21 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
         raise ValueError(f"sinks is {sinks.dtype} on {sinks.device}: expected floating point on {q.device}")
 
 
+def check_alibi(alibi: Tensor | None, q: Tensor) -> None:
+    """One floating-point constant per query head."""
+    if alibi is None:
+        return
+    if not isinstance(alibi, Tensor) or tuple(alibi.shape) != (q.shape[1],):
+        shape = tuple(alibi.shape) if isinstance(alibi, Tensor) else type(alibi).__name__
+        raise ValueError(f"alibi of shape {shape}: expected [{q.shape[1]}], one slope per query head")
+    if not alibi.is_floating_point() or alibi.device != q.device:
+        raise ValueError(f"alibi is {alibi.dtype} on {alibi.device}: expected floating point on {q.device}")
+    if alibi.requires_grad:
+        raise ValueError(
+            "alibi.requires_grad=True: expected constant slopes, which get no gradient (use bias to learn)"
+        )
+
+
 def check_scale(scale: float | None) -> None:
     """Finite."""
     if scale is not None and not math.isfinite(scale):
@@ -96,4 +112,4 @@ def check_workspace(workspace: int) -> None:
         raise ValueError(f"workspace={workspace}: expected at least 1 byte")
 
 
-__all__ = ["check_bias", "check_call", "check_scale", "check_sinks", "check_softcap", "check_workspace"]
+__all__ = ["check_alibi", "check_bias", "check_call", "check_scale", "check_sinks", "check_softcap", "check_workspace"]
