@@ -12,6 +12,7 @@ from saccade.mechanisms.where.flex_prefill import FlexPrefill
 from saccade.mechanisms.where.infllm_v2 import InfLLMV2
 from saccade.mechanisms.where.minference import MInference
 from saccade.mechanisms.where.pbs_attn import PBSAttn
+from saccade.mechanisms.where.sale import SALE
 from saccade.types import Geometry
 
 CAUSAL = Geometry(causal=True)
@@ -24,6 +25,7 @@ MECHANISMS: list[Any] = [
     MInference(form="vertical_slash", vertical=60, slash=20, last_queries=32, sinks=2, local=8, block=BLOCK),
     MInference(form="block", topk=6, block=BLOCK),
     PBSAttn(threshold=0.5, block=BLOCK, segment=2 * BLOCK),
+    SALE(threshold=0.2, block_q=BLOCK, block_k=8, local=BLOCK),
 ]
 
 
