@@ -3,6 +3,7 @@
 The same sources are compiled once per instruction set; which one runs is decided when the library is loaded.
 """
 
+import hashlib
 import os
 import platform
 from pathlib import Path
@@ -16,6 +17,8 @@ FLAGS = [
     "-Wno-psabi", "-pthread",
 ]  # fmt: skip
 LINK = ["-pthread"]
+SOURCES = sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".hpp", ".inl"))
+DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()  # library.py compares it
 if os.environ.get("SACCADE_SANITIZE"):  # see tools/sanitize.py
     SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     FLAGS = [flag for flag in FLAGS if flag not in ("-O3", "-g0")] + ["-O2", "-g", *SANITIZERS]
@@ -72,7 +75,8 @@ setup(
         Extension(
             "saccade.kernels.cpu._native",
             sorted(str(path) for path in FOLDER.glob("entry*.cpp")),
-            depends=sorted(str(path) for path in FOLDER.glob("*.[hic]*")),
+            depends=[str(path) for path in SOURCES],
+            define_macros=[("SACCADE_DIGEST", f'"{DIGEST}"')],
             language="c++",
             optional=True,
             extra_compile_args=FLAGS,

@@ -50,4 +50,7 @@ EXPORT const char* saccade_use(int number) {
   return nullptr;
 }
 
+// Of the sources it was built from, so that a build that is out of date is noticed.
+EXPORT const char* saccade_digest() { return SACCADE_DIGEST; }
+
 EXPORT const char* saccade_using() { return engine->name; }

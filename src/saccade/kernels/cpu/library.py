@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
 """Best first; the numbers that the library knows them by."""
 
 NOT_BUILT = "the C++ engine is not built (it takes a C++ compiler at install time)"
+
+
+STALE = "the C++ engine was built from other sources than those beside it: install Saccade again"
 
 
 @cache
@@ -26,6 +30,8 @@ def _load() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(found[0]))
     except OSError as error:
         return f"the C++ engine cannot be loaded: {error}"
+    if not _is_current(library, folder):
+        return STALE
     library.saccade_use.restype = ctypes.c_char_p
     library.saccade_threads_from.argtypes = [ctypes.c_void_p]
     runtime = _torch_threads()
@@ -34,6 +40,17 @@ def _load() -> ctypes.CDLL | str:
     if library.saccade_use(-1) is None:
         return "the C++ engine has no code for this machine"
     return library
+
+
+def _is_current(library: ctypes.CDLL, folder: Path) -> bool:
+    """Whether the library was built from the sources beside it; an installed package has none beside it."""
+    sources = sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".hpp", ".inl"))
+    try:
+        library.saccade_digest.restype = ctypes.c_char_p
+        built: bytes = library.saccade_digest()
+    except AttributeError:
+        return False
+    return not sources or built.decode() == sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def _torch_threads() -> int | None:
