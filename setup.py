@@ -50,6 +50,7 @@ class OptionalBuild(build_ext):
                 ext.extra_objects += self.compiler.compile(
                     [str(FOLDER / f"isa_{name}.cpp")], output_dir=self.build_temp, extra_postargs=[*FLAGS, *chosen]
                 )
+            self.force = True  # the objects are new, whatever the age of the library says
             super().build_extension(ext)
         except Exception as error:  # noqa: BLE001
             self.skip(error)
