@@ -21,6 +21,7 @@ def candidate_rows(rng):
                 "density": density, "error": 0.5 * (1 - density) ** 2,
                 "damage": 0.4 * math.exp(-9 * density) * rng.uniform(0.3, 2.0),
                 "heads_using": 0,
+                "layers_scored": LAYERS,
             })  # fmt: skip
     rows[-1]["damage"] = 1.1e-13
     return rows

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from saccade.tune.candidates import Candidate
-from saccade.tune.score import FOCUS_SHARE, LayerInputs, compare_outputs, score_layer
+from saccade.tune.score import (
+    FOCUS_SHARE,
+    CandidateScore,
+    LayerInputs,
+    compare_outputs,
+    hopeless,
+    score_layer,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -52,3 +61,25 @@ def test_full_budget_does_no_damage_and_less_does_more():
 def test_without_a_known_projection_the_output_itself_is_compared():
     _, scored = score_layer(make_inputs(mixing=False), [Candidate("sink_window", {"window": 16, "block": 16})])
     assert min(scored.damage) > 0
+
+
+def layer(*seconds):
+    return [CandidateScore(value, 0.0, [0.5], [0.1], [0.1]) for value in seconds]
+
+
+def test_a_candidate_slower_than_dense_attention_in_the_first_layers_is_not_scored_again():
+    steady, once = layer(1.0, 0.5, 1.5, 1.5), layer(1.0, 0.5, 1.4, 0.9)
+    assert hopeless([steady]) == {}
+    found = hopeless([steady, once])
+    assert list(found) == [2]
+    assert found[2].seconds == 1.4
+    assert not found[2].measured
+
+
+def test_skipped_candidates_keep_their_place():
+    steps = [Candidate("sink_window", {"window": 16, "block": 16}), Candidate("moba", {"chunk": 16, "topk": 1})]
+    history = [layer(1e-9, 1.0, 1e-12)] * 2
+    dense, window, moba = score_layer(make_inputs(), steps, history)
+    assert dense.measured
+    assert moba.measured
+    assert window == replace(history[-1][1], measured=False)

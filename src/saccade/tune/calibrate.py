@@ -55,15 +55,19 @@ def score_model(
         found: Called with each layer's name and scores.
     """
     residuals: dict[str, Tensor] = {}
+    history: list[list[CandidateScore]] = []
 
     def observe(seen: Observation) -> None:
-        if known(seen.layer) is None:
+        rows = known(seen.layer)
+        if rows is None:
             focus = calibration.focus.to(seen.q.device)
             scale = seen.q.shape[3] ** -0.5 if seen.scale is None else seen.scale
             inputs = LayerInputs(
                 seen.q, seen.k, seen.v, scale, output_projection(seen), residuals.get(seen.layer), focus
             )
-            found(seen.layer, score_layer(inputs, candidates))
+            rows = score_layer(inputs, candidates, history)
+            found(seen.layer, rows)
+        history.append(rows)
 
     hooks = [
         parent.register_forward_pre_hook(_keep_norm(residuals, name), with_kwargs=True)

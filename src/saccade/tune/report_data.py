@@ -196,19 +196,21 @@ def _find(parts: ReportParts, wanted: Candidate) -> int:
 
 
 def candidate_rows(parts: ReportParts) -> list[dict[str, Any]]:
-    """Each candidate, summed or averaged over the layers."""
+    """Each candidate, summed or averaged over the layers, or from those that it was scored in."""
     rows = []
     for number, candidate in enumerate(parts.candidates):
         if number == 0:
             continue
-        scores = [row[number] for row in parts.scores.values()]
+        scores = [row[number] for row in parts.scores.values() if row[number].measured]
+        share = len(parts.scores) / len(scores)
         rows.append({
             "mechanism": candidate.mechanism, "settings": candidate.settings, "label": candidate.label,
-            "seconds": sum(score.seconds for score in scores),
-            "select_seconds": sum(score.select_seconds for score in scores),
+            "layers_scored": len(scores),
+            "seconds": share * sum(score.seconds for score in scores),
+            "select_seconds": share * sum(score.select_seconds for score in scores),
             "density": statistics.fmean(density for score in scores for density in score.density),
             "error": statistics.fmean(error for score in scores for error in score.errors),
-            "damage": sum(sum(score.damage) for score in scores),
+            "damage": share * sum(sum(score.damage) for score in scores),
             "heads_using": int((parts.assignment.chosen == number).sum()),
         })  # fmt: skip
     return rows

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -18,6 +18,9 @@ T = TypeVar("T")
 FOCUS_SHARE = 0.5
 """Weight of the answer to a retrieval question against all other tokens of the calibration text."""
 
+PROBED, SLOWER = 2, 1.2
+"""A candidate slower than this many times dense attention in all of the first layers is not scored in the others."""
+
 
 @dataclass(frozen=True)
 class CandidateScore:
@@ -29,6 +32,7 @@ class CandidateScore:
         density: Per head, kept pairs over causal pairs.
         errors: Per head, relative error of the attention output.
         damage: Per head, relative squared change of the residual stream.
+        measured: False for the values of an earlier layer: see `hopeless`.
     """
 
     seconds: float
@@ -36,6 +40,7 @@ class CandidateScore:
     density: list[float]
     errors: list[float]
     damage: list[float]
+    measured: bool = True
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> CandidateScore:
@@ -70,12 +75,38 @@ class LayerInputs:
     focus: Tensor
 
 
-def score_layer(inputs: LayerInputs, candidates: list[Candidate], repeats: int = 1) -> list[CandidateScore]:
-    """Score dense attention (first) and every candidate; times are the least of `repeats`."""
+def hopeless(history: Sequence[list[CandidateScore]]) -> dict[int, CandidateScore]:
+    """Candidates that were clearly slower than dense attention in every layer so far, with their last scores.
+
+    They are chosen only where they are faster, a few layers tell that they are not, and scoring them takes longest.
+
+    Args:
+        history: Scores of the layers before, dense attention first.
+
+    Returns:
+        By place among the scores.
+    """
+    if len(history) < PROBED:
+        return {}
+    slow = [
+        place
+        for place in range(1, len(history[0]))
+        if all(layer[place].seconds > SLOWER * layer[0].seconds for layer in history)
+    ]
+    return {place: replace(history[-1][place], measured=False) for place in slow}
+
+
+def score_layer(
+    inputs: LayerInputs, candidates: list[Candidate], history: Sequence[list[CandidateScore]] = (), repeats: int = 1
+) -> list[CandidateScore]:
+    """Score dense attention (first) and every candidate not `hopeless`; times are the least of `repeats`."""
     heads = inputs.q.shape[1]
     dense, seconds = _timed(lambda: attend(*_qkv(inputs), causal=True, scale=inputs.scale), repeats)
     scores = [CandidateScore(seconds, 0.0, [1.0] * heads, [0.0] * heads, [0.0] * heads)]
-    return scores + [_score(inputs, candidate, dense, repeats) for candidate in candidates]
+    skipped = hopeless(history)
+    for place, candidate in enumerate(candidates, 1):
+        scores.append(skipped[place] if place in skipped else _score(inputs, candidate, dense, repeats))
+    return scores
 
 
 def _score(inputs: LayerInputs, candidate: Candidate, dense: Tensor, repeats: int) -> CandidateScore:
