@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from saccade.types.bits import bit_counts, edge_bits, transpose_bits, unique_bits, unpack_bits
+from saccade.types.bits import any_bits, bit_counts, edge_bits, transpose_bits, unique_bits, unpack_bits
 
 if TYPE_CHECKING:
     from saccade.types.layout import BlockLayout
@@ -54,7 +54,7 @@ def make(row: Tensor, column: Tensor, kinds: Tensor, bits: Tensor, like: BlockLa
 
     sizes = like if isinstance(like, dict) else sizes_of(like)
     if len(bits):
-        kept = (kinds < 0) | (bit_counts(bits)[kinds.clamp(min=0).long()] > 0)
+        kept = (kinds < 0) | any_bits(bits)[kinds.clamp(min=0).long()]
         row, column, kinds = row[kept], column[kept], kinds[kept]
         used, which = torch.unique(kinds.clamp(min=0), return_inverse=True)
         bits, kinds = bits[used.long()], torch.where(kinds >= 0, which.int(), kinds)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from saccade.ops.checks import accumulation_dtype
 from saccade.types import BlockLayout
-from saccade.types.bits import pack_bits, unpack_bits
+from saccade.types.bits import pack_bits, spread_rows, unique_rows
 from saccade.types.layout import FULL
 
 
@@ -116,7 +116,7 @@ def tiled_layout(chosen: Tensor, tile: int, chunk: int, keys: int) -> BlockLayou
     real = torch.arange(tiles * tile, device=chosen.device).view(tiles, 1, tile) < queries
     some, every = rows.any(-1), (rows | ~real).all(-1)
     partial = some & ~every
-    distinct, which = torch.unique(pack_bits(rows[partial][:, :, None]), dim=0, return_inverse=True)
+    distinct, which = unique_rows(pack_bits(rows[partial]))
     kinds = torch.full(some.shape, FULL, device=chosen.device)
     kinds[partial] = which
     present = some[..., columns].flatten(0, 2)
@@ -124,6 +124,6 @@ def tiled_layout(chosen: Tensor, tile: int, chunk: int, keys: int) -> BlockLayou
         indptr=torch.nn.functional.pad(present.sum(1).cumsum(0), (1, 0)),
         indices=present.nonzero()[:, 1].int(),
         kinds=kinds[..., columns].flatten(0, 2)[present].int(),
-        bits=pack_bits(unpack_bits(distinct, (tile, 1)).expand(-1, -1, width)),
+        bits=spread_rows(distinct, tile, width),
         batch=batch, heads=heads, queries=queries, keys=keys, block=(tile, width),
     )  # fmt: skip

@@ -97,11 +97,15 @@ class XAttention(Selector):
         for first in range(0, max(q_groups.shape[2], 1), step):
             rows = q_groups[:, :, first : first + step]
             places = (torch.arange(rows.shape[2], device=q.device) + first) * self.stride + offset
-            hidden = beyond | (starts > places[:, None]) if causal else beyond
-            weights = head_scores(rows, k_groups).masked_fill(hidden, -float("inf")).softmax(-1).nan_to_num(0.0)
+            last = (first + rows.shape[2] - 1) * self.stride + offset  # no row of this chunk sees a block behind it
+            seen = min(max(last // self.block + 1, 0) * per_block, len(starts)) if causal else len(starts)
+            hidden = beyond[:seen] | (starts[:seen] > places[:, None]) if causal else beyond
+            scores = head_scores(rows, k_groups[:, :, :seen])
+            weights = scores.masked_fill(hidden, -float("inf")).softmax(-1).nan_to_num(0.0)
             weights[:, :, max(real - first, 0) :] = 0.0
-            blocks = (rows.shape[2] // per_block, per_block, len(starts) // per_block, per_block)
-            parts.append(weights.view(*weights.shape[:2], *blocks).sum((3, 5)))
+            blocks = (rows.shape[2] // per_block, per_block, seen // per_block, per_block)
+            part = weights.view(*weights.shape[:2], *blocks).sum((3, 5))
+            parts.append(torch.nn.functional.pad(part, (0, (len(starts) - seen) // per_block)))
         return torch.cat(parts, 2)
 
     def _groups(self, x: Tensor) -> Tensor:
