@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saccade.mechanisms.where.dhsa import DHSA
 from saccade.mechanisms.where.flex_prefill import FlexPrefill
 from saccade.mechanisms.where.infllm_v2 import InfLLMV2
 from saccade.mechanisms.where.minference import MInference
@@ -19,6 +20,7 @@ CAUSAL = Geometry(causal=True)
 TOKENS, BLOCK = 512, 16
 
 MECHANISMS: list[Any] = [
+    DHSA(budget=96, local=32, block=BLOCK, chunks_per_block=2),
     InfLLMV2(block=BLOCK, kernel=8, stride=4, topk=6, local_blocks=1, dense_below=0),
     FlexPrefill(gamma=0.7, tau=0.1, block=BLOCK, min_budget=32),
     FlexPrefill(gamma=0.4, tau=0.9, block=BLOCK, min_budget=32),

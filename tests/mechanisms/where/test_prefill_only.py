@@ -18,7 +18,7 @@ from saccade.plug import Choice, LayerRecipe, Recipe, apply, explain
 from saccade.tune.candidates import find_candidates
 from saccade.types import Kind
 
-NAMES = ("flex_prefill", "minference", "pbs_attn")
+NAMES = ("dhsa", "flex_prefill", "minference", "pbs_attn")
 CAUSALITY, ONE_ANSWER = LAWS[3], LAWS[4]
 
 
