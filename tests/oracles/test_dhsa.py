@@ -46,8 +46,8 @@ def logit(p: BoundaryPredictor, k: Tensor, place: int) -> float:
     weight, bias = p.attention.in_proj_weight, p.attention.in_proj_bias
     q, key, v = (x @ w.T + b for w, b in zip(weight.chunk(3), bias.chunk(3), strict=True))
     size = p.channels // p.attention.num_heads
-    mixed = torch.cat([((q[:, s] @ key[:, s].T / math.sqrt(size)).softmax(1) @ v[:, s])
-                       for s in (slice(h * size, (h + 1) * size) for h in range(p.attention.num_heads))], 1)  # fmt: skip
+    heads = [slice(h * size, (h + 1) * size) for h in range(p.attention.num_heads)]
+    mixed = torch.cat([(q[:, s] @ key[:, s].T / math.sqrt(size)).softmax(1) @ v[:, s] for s in heads], 1)
     mixed = mixed @ p.attention.out_proj.weight.T + p.attention.out_proj.bias
     mixed = (mixed - mixed.mean(1, keepdim=True)) / (mixed.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     mixed = mixed * p.norm.weight + p.norm.bias

@@ -1,4 +1,4 @@
-"""Where a text changes its subject: DHSA's predictor of chunk boundaries, what it is trained on, and their selection."""
+"""DHSA's predictor of chunk boundaries: what it is, what it is trained on, and how boundaries are picked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DHSA: chunks of any length, found by a boundary predictor, are scored as wholes and choose the keys of a query block."""
+"""DHSA: chunks of any length, found by a boundary predictor, are scored as wholes and choose a query block's keys."""
 
 from __future__ import annotations
 
