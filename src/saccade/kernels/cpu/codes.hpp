@@ -7,7 +7,6 @@
 namespace saccade::SACCADE_ISA {
 
 typedef int8_t vc __attribute__((vector_size(SACCADE_LANES), aligned(1), may_alias));
-typedef uint8_t vn __attribute__((vector_size(SACCADE_LANES), aligned(1), may_alias));
 typedef uint32_t vu_half __attribute__((vector_size(4 * SACCADE_LANES), aligned(2), may_alias));
 
 // x, bounded by the cap: cap * tanh(x / cap).
@@ -19,16 +18,25 @@ INLINE vf capped(vf x, float cap) {
   return cap * (magnitude < 0.01f ? small - small * small * small / 3.0f : 1.0f - 2.0f / (e + 1.0f));
 }
 
+// LANES codes as integers.
+INLINE vi widen_codes(const char* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const vc*>(p), vi);
+#endif
+}
+
 // LANES channels from the `d`-th on, as stored; for INT4 all in one half of the row.
 template <int32_t STORAGE>
 INLINE vf raw(const char* row, int64_t d, int64_t half) {
   if constexpr (STORAGE == FP32) return load(reinterpret_cast<const float*>(row) + d);
   if constexpr (STORAGE == BF16) return widen_bf16(*reinterpret_cast<const vh_any*>(reinterpret_cast<const uint16_t*>(row) + d));
   if constexpr (STORAGE == FP16) return widen_fp16(*reinterpret_cast<const vh_any*>(reinterpret_cast<const uint16_t*>(row) + d));
-  if constexpr (STORAGE == INT8) return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const vc*>(row + d), vi), vf);
+  if constexpr (STORAGE == INT8) return __builtin_convertvector(widen_codes(row + d), vf);
   if constexpr (STORAGE == INT4) {
-    vi byte = __builtin_convertvector(*reinterpret_cast<const vn*>(row + (d < half ? d : d - half)), vi);
-    return __builtin_convertvector((d < half ? byte & 15 : byte >> 4) - 8, vf);
+    vi byte = widen_codes(row + (d < half ? d : d - half));
+    return __builtin_convertvector((d < half ? byte & 15 : byte >> 4 & 15) - 8, vf);
   }
 }
 
@@ -74,7 +82,7 @@ static void widen_stored(const char* row, int64_t dim, const float* scale, const
 }
 
 // A row as floats, zeros up to `width`.
-static void widen_codes(const char* row, int64_t dim, int32_t storage, const float* scale, const float* zero, int64_t group,
+static void widen_row_of(const char* row, int64_t dim, int32_t storage, const float* scale, const float* zero, int64_t group,
                         int64_t width, float* out) {
   switch (storage) {
     case FP32: return widen_stored<FP32>(row, dim, scale, zero, group, width, out);

@@ -36,6 +36,34 @@ struct HalfPairs {
   INLINE vf multiply(vf acc, vu a, vu b) { return dot_bf16(acc, a, b); }
 };
 
+// What memory should bring while other rows are worked on: rows are used in the order `now`, then `then`, and asked for
+// AHEAD of their use, evenly, so that memory neither idles nor has more to do than it can queue.
+constexpr int AHEAD = 32;
+
+struct Ahead {
+  const char *const *now, *const *then;
+  int now_count, then_count;
+  int64_t now_bytes, then_bytes;
+
+  // At the use of row j: of the row AHEAD of it the lines of bytes from .. to - 1.
+  __attribute__((always_inline)) void fetch(int j, int64_t from, int64_t to) const {
+    j += AHEAD;
+    const char* row;
+    if (j < now_count) {
+      row = now[j];
+      to = to < now_bytes ? to : now_bytes;
+    } else if (j - now_count < then_count) {
+      row = then[j - now_count];
+      to = to < then_bytes ? to : then_bytes;
+    } else {
+      return;
+    }
+    const char* end = row + to + (reinterpret_cast<uintptr_t>(row) & 63);
+    for (const char* line = row + from; line < end; line += 64) __builtin_prefetch(line);
+  }
+  __attribute__((always_inline)) void fetch(int j) const { fetch(j, 0, now_bytes > then_bytes ? now_bytes : then_bytes); }
+};
+
 // Lane i: the sum over the lanes of acc[i].
 INLINE vf sums_of(vf* acc) {
   vi lane;
@@ -82,7 +110,7 @@ INLINE void dots(const typename Op::element* const* keys, const typename Op::ele
 // out[r] = out[r] * factor[r] + sum over j of weights[r][j] * values[j], on V vectors of channels from the `first` on.
 template <class Op, int R, int V>
 INLINE void weigh(const typename Op::element* const* values, int count, int64_t depth, int first,
-                  const typename Op::element* weights, const float* factor, float* out) {
+                  const typename Op::element* weights, const float* factor, float* out, const Ahead* ahead) {
   const int64_t stride = int64_t(vectors(depth)) * LANES;
   vf acc[R][V];
   int64_t at[V];
@@ -93,6 +121,7 @@ INLINE void weigh(const typename Op::element* const* values, int count, int64_t 
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) acc[r][v] = load(out + r * stride + (first + v) * LANES) * factor[r];
   for (int j = 0; j < count; ++j) {
+    if (ahead) ahead->fetch(j, first * LANES * 4, (first + V) * LANES * 4);
     typename Op::vector value[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) value[v] = Op::take(values[j] + at[v]);
@@ -109,18 +138,71 @@ INLINE void weigh(const typename Op::element* const* values, int count, int64_t 
     for (int v = 0; v < V; ++v) store(out + r * stride + (first + v) * LANES, acc[r][v]);
 }
 
+// Two rows of 2 * LANES bf16 as two vectors of pairs.
+INLINE void pair_wide(const uint32_t* even, const uint32_t* odd, vu* pairs) {
+  typedef uint16_t vw __attribute__((vector_size(4 * LANES)));
+  typedef uint16_t vw_any __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+  vw low, high;
+  for (int i = 0; i < LANES; ++i) {
+    low[2 * i] = uint16_t(i);
+    low[2 * i + 1] = uint16_t(i + 2 * LANES);
+    high[2 * i] = uint16_t(i + LANES);
+    high[2 * i + 1] = uint16_t(i + 3 * LANES);
+  }
+  vw a = *reinterpret_cast<const vw_any*>(even), b = *reinterpret_cast<const vw_any*>(odd);
+  pairs[0] = (vu)__builtin_shuffle(a, b, low);
+  pairs[1] = (vu)__builtin_shuffle(a, b, high);
+}
+
+// As weigh, of rows of bf16 that are paired on the way, two by two; `depth` is a multiple of 2 * LANES.
+template <int R, int V>
+INLINE void weigh_halves(const uint32_t* const* values, int count, int64_t depth, int first, const uint32_t* weights,
+                         const float* factor, float* out, const Ahead* ahead) {
+  vf acc[R][V];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[r][v] = load(out + r * depth + (first + v) * LANES) * factor[r];
+  for (int j = 0; j < count; ++j) {
+    for (int i = 2 * j; ahead && i < 2 * j + 2; ++i) ahead->fetch(i, first * LANES * 2, (first + V) * LANES * 2);
+    vu value[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v += 2)
+      pair_wide(values[2 * j] + (first + v) * LANES / 2, values[2 * j + 1] + (first + v) * LANES / 2, value + v);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      vu weight = weights[r * SLICE / 2 + j] - vu{};
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], weight, value[v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(out + r * depth + (first + v) * LANES, acc[r][v]);
+}
+
+template <int R>
+INLINE void weigh_all_halves(const uint32_t* const* values, int count, int64_t depth, const uint32_t* weights,
+                             const float* factor, float* out, const Ahead* ahead) {
+  const int all = int(depth / LANES);
+  int v = 0;
+  for (; v + 4 <= all; v += 4) weigh_halves<R, 4>(values, count, depth, v, weights, factor, out, ahead);
+  for (; v < all; v += 2) weigh_halves<R, 2>(values, count, depth, v, weights, factor, out, ahead);
+}
+
 template <class Op, int R>
 INLINE void weigh_all(const typename Op::element* const* values, int count, int64_t depth,
-                      const typename Op::element* weights, const float* factor, float* out) {
+                      const typename Op::element* weights, const float* factor, float* out, const Ahead* ahead) {
   constexpr int MOST = LANES == 16 ? (R == 4 ? 4 : 8) : 8 / R;  // accumulators that fit the registers
   const int all = vectors(depth);
   int v = 0;
-  for (; v + MOST <= all; v += MOST) weigh<Op, R, MOST>(values, count, depth, v, weights, factor, out);
+  for (; v + MOST <= all; v += MOST) weigh<Op, R, MOST>(values, count, depth, v, weights, factor, out, ahead);
   if constexpr (MOST > 4)
-    for (; v + 4 <= all; v += 4) weigh<Op, R, 4>(values, count, depth, v, weights, factor, out);
+    for (; v + 4 <= all; v += 4) weigh<Op, R, 4>(values, count, depth, v, weights, factor, out, ahead);
   if constexpr (MOST > 2)
-    for (; v + 2 <= all; v += 2) weigh<Op, R, 2>(values, count, depth, v, weights, factor, out);
-  for (; v < all; ++v) weigh<Op, R, 1>(values, count, depth, v, weights, factor, out);
+    for (; v + 2 <= all; v += 2) weigh<Op, R, 2>(values, count, depth, v, weights, factor, out, ahead);
+  for (; v < all; ++v) weigh<Op, R, 1>(values, count, depth, v, weights, factor, out, ahead);
 }
 
 // The keys and values of a tile.
@@ -242,21 +324,26 @@ class Stream {
     }
     batch.count = count;
     const int64_t *table = p.table ? p.table + u.b * p.table_stride[0] + g * p.table_stride[1] : nullptr;
-    const int64_t bits = p.kv_storage == FP32 ? 32 : p.kv_storage == INT8 ? 8 : p.kv_storage == INT4 ? 4 : 16;
-    const int64_t step_k = bits == 4 ? 8 : bits, step_v = step_k;
-    for (int j = 0; j < count; ++j) {
-      int64_t row = batch.position[j], page = 0, k, v;
-      if (table) {
-        page = table[row / p.page_size];
-        row %= p.page_size;
-        k = page * p.a.k.batch_stride + row * p.a.k.row_stride;
-        v = page * p.a.v.batch_stride + row * p.a.v.row_stride;
-      } else {
-        k = u.b * p.a.k.batch_stride + g * p.a.k.head_stride + row * p.a.k.row_stride;
-        v = u.b * p.a.v.batch_stride + g * p.a.v.head_stride + row * p.a.v.row_stride;
+    const int64_t bytes = p.kv_storage == FP32 ? 4 : p.kv_storage == INT8 || p.kv_storage == INT4 ? 1 : 2;
+    const int64_t key_step = p.a.k.row_stride * bytes, value_step = p.a.v.row_stride * bytes, size = p.page_size;
+    const char *key = static_cast<const char*>(p.a.k.data), *value = static_cast<const char*>(p.a.v.data);
+    if (!table) {
+      key += (u.b * p.a.k.batch_stride + g * p.a.k.head_stride) * bytes;
+      value += (u.b * p.a.v.batch_stride + g * p.a.v.head_stride) * bytes;
+      for (int j = 0; j < count; ++j) {
+        batch.key[j] = key + batch.position[j] * key_step;
+        batch.value[j] = value + batch.position[j] * value_step;
       }
-      batch.key[j] = static_cast<const char*>(p.a.k.data) + k * step_k / 8;
-      batch.value[j] = static_cast<const char*>(p.a.v.data) + v * step_v / 8;
+      return slot;
+    }
+    for (int64_t j = 0, first = 0, entry = -1; j < count; ++j) {
+      if (entry < 0 || batch.position[j] < first || batch.position[j] >= first + size) {
+        entry = batch.position[j] / size;
+        first = entry * size;
+      }
+      const int64_t page = table[entry], row = batch.position[j] - first;
+      batch.key[j] = key + page * p.a.k.batch_stride * bytes + row * key_step;
+      batch.value[j] = value + page * p.a.v.batch_stride * bytes + row * value_step;
       if (p.k_scales.scale) {
         const int64_t ks = page * p.k_scales.page_stride + row * p.k_scales.row_stride;
         const int64_t vs = page * p.v_scales.page_stride + row * p.v_scales.row_stride;
@@ -276,11 +363,6 @@ class Stream {
       case INT4: return dim / 2;
       default: return dim * 2;
     }
-  }
-
-  static void fetch(const char* row, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
-    __builtin_prefetch(row + bytes - 1);
   }
 
   void pack_queries() {
@@ -311,21 +393,23 @@ class Stream {
     const int64_t key_bytes = row_bytes(p.a.dim), value_bytes = row_bytes(p.a.value_dim);
     const bool key_in_place = in_place(p.a.dim, p.kv_storage);
     const int64_t key_stride = padded(depth), value_stride = padded(channels);
+    const Ahead keys_ahead = {batch.key, batch.value, batch.count, batch.count, key_bytes, value_bytes};
+    const Ahead values_ahead = {batch.value, coming.key, batch.count, coming.count, value_bytes, key_bytes};
     for (int j = 0; j < batch.count; ++j) {
       if (!key_in_place) {
         if constexpr (PER == 1)
-          widen_codes(batch.key[j], p.a.dim, p.kv_storage, batch.key_scale[j], batch.key_zero[j], p.k_scales.group, key_stride,
+          widen_row_of(batch.key[j], p.a.dim, p.kv_storage, batch.key_scale[j], batch.key_zero[j], p.k_scales.group, key_stride,
                       keys + j * key_stride);
         else
           narrow_codes(batch.key[j], p.a.dim, p.kv_storage, batch.key_scale[j], batch.key_zero[j], p.k_scales.group,
                        2 * key_stride, reinterpret_cast<uint16_t*>(keys + j * key_stride));
-        if (j < coming.count) fetch(coming.key[j], key_bytes);
+        keys_ahead.fetch(j);
       }
       key[j] = key_in_place ? reinterpret_cast<const element*>(batch.key[j]) : keys + j * key_stride;
     }
     const int whole = (batch.count + LANES - 1) / LANES * LANES;
     for (int j = batch.count; j < whole; ++j) key[j] = key[0];
-    score(key, whole, coming, key_in_place ? key_bytes : 0);
+    score(key, whole, key_in_place ? &keys_ahead : nullptr);
     const bool masked = soften_rows(batch, whole);
     bool poisoned[SLICE];
     bool poison = false;
@@ -334,16 +418,22 @@ class Stream {
     if constexpr (PER == 1) {
       const bool value_in_place = in_place(p.a.value_dim, p.kv_storage);
       for (int j = 0; j < batch.count; ++j) {
-        if (j < coming.count) fetch(coming.value[j], value_bytes);
-        if (!value_in_place)
-          widen_codes(batch.value[j], p.a.value_dim, p.kv_storage, batch.value_scale[j], batch.value_zero[j], p.v_scales.group,
+        if (!value_in_place) {
+          values_ahead.fetch(j);
+          widen_row_of(batch.value[j], p.a.value_dim, p.kv_storage, batch.value_scale[j], batch.value_zero[j], p.v_scales.group,
                       value_stride, values + j * value_stride);
+        }
         value[j] = value_in_place ? reinterpret_cast<const float*>(batch.value[j]) : values + j * value_stride;
         if (poison && poisoned[j]) value[j] = zeros;
       }
+    } else if (values_in_halves()) {
+      for (int j = 0; j < batch.count; ++j) {
+        value[j] = poison && poisoned[j] ? zeros : reinterpret_cast<const element*>(batch.value[j]);
+      }
+      if (batch.count % 2) value[batch.count] = zeros;
     } else {
       for (int j = 0; j < batch.count; j += 2) {
-        for (int i = j; i < j + 2 && i < coming.count; ++i) fetch(coming.value[i], value_bytes);
+        for (int i = j; i < j + 2; ++i) values_ahead.fetch(i);
         bool even = !(poison && poisoned[j]), odd = j + 1 < batch.count && !(poison && poisoned[j + 1]);
         const int o = odd ? j + 1 : j;
         pair_codes(even ? batch.value[j] : nullptr, odd ? batch.value[o] : nullptr, p.a.value_dim, p.kv_storage,
@@ -352,18 +442,18 @@ class Stream {
         value[j / 2] = values + j / 2 * value_stride;
       }
     }
-    add_values(value, (batch.count + PER - 1) / PER);
+    const bool direct = PER == 1 ? in_place(p.a.value_dim, p.kv_storage) : values_in_halves();
+    add_values(value, (batch.count + PER - 1) / PER, direct ? &values_ahead : nullptr);
     if (poison) add_poison(batch, poisoned);
   }
 
-  void score(const element* const* key, int whole, const Batch& coming, int64_t key_bytes) {
+  void score(const element* const* key, int whole, const Ahead* ahead) {
     const int64_t stride = int64_t(vectors(depth)) * LANES;
     int64_t r = 0;
     auto block = [&]<int R>() {
       constexpr int KEYS = LANES / R;
       for (int j = 0; j < whole; j += KEYS) {
-        if (key_bytes && r == 0)
-          for (int i = j; i < j + KEYS && i < coming.count; ++i) fetch(coming.key[i], key_bytes);
+        for (int i = j; ahead && r == 0 && i < j + KEYS; ++i) ahead->fetch(i);
         dots<Op, R>(key + j, queries + r * stride, depth, scores + r * SLICE + j);
       }
       r += R;
@@ -373,7 +463,7 @@ class Stream {
     if (r < u.count) block.template operator()<1>();
   }
 
-  void add_values(const element* const* value, int count) {
+  void add_values(const element* const* value, int count, const Ahead* ahead) {
     const int64_t stride = int64_t(vectors(channels)) * LANES;
     int64_t r = 0;
     auto block = [&]<int R>() {
@@ -382,12 +472,24 @@ class Stream {
         weight = scores + r * SLICE;
       else
         weight = reinterpret_cast<const uint32_t*>(weights + r * SLICE);
-      weigh_all<Op, R>(value, count, channels, weight, factor + r, outputs + r * stride);
+      if constexpr (PER == 2) {
+        if (values_in_halves()) {
+          weigh_all_halves<R>(value, count, channels, weight, factor + r, outputs + r * stride, r ? nullptr : ahead);
+          r += R;
+          return;
+        }
+      }
+      weigh_all<Op, R>(value, count, channels, weight, factor + r, outputs + r * stride, r ? nullptr : ahead);
       r += R;
     };
     while (r + 4 <= u.count) block.template operator()<4>();
     if (r + 2 <= u.count) block.template operator()<2>();
     if (r < u.count) block.template operator()<1>();
+  }
+
+  // Whether values are paired in registers: no dearer than a tile of pairs as long as few rows need them.
+  bool values_in_halves() const {
+    return PER == 2 && p.kv_storage == BF16 && p.a.value_dim % (2 * LANES) == 0 && u.count <= 8;
   }
 
   // Scores of each row become weights; whether some key was hidden from some row.
@@ -403,8 +505,8 @@ class Stream {
       for (int j = batch.count; j < whole; ++j) row[j] = -INF;
       vf most = splat(-INF);
       for (int j = 0; j < whole; j += LANES) most = load(row + j) > most ? load(row + j) : most;
-      float high = top[r];
-      for (int i = 0; i < LANES; ++i) high = most[i] > high ? most[i] : high;
+      float high = highest_lane(most);
+      high = high > top[r] ? high : top[r];
       const float shift = high == -INF ? 0.0f : high;
       vf total = {};
       for (int j = 0; j < whole; j += LANES) {
@@ -416,9 +518,7 @@ class Stream {
           *reinterpret_cast<vh_any*>(weights + r * SLICE + j) = narrow_bf16(weight);
       }
       factor[r] = exp2v(splat(top[r] - shift))[0];
-      float added = 0;
-      for (int i = 0; i < LANES; ++i) added += total[i];
-      sum[r] = sum[r] * factor[r] + added;
+      sum[r] = sum[r] * factor[r] + sum_of_lanes(total);
       top[r] = high;
     }
     return any;

@@ -33,8 +33,8 @@ static void pair_rows(const char* even, const char* odd, int64_t dim, uint32_t* 
   const uint16_t *e = reinterpret_cast<const uint16_t*>(even), *o = reinterpret_cast<const uint16_t*>(odd);
   int64_t d = 0;
   for (; d + LANES <= dim; d += LANES) {
-    vu low = __builtin_convertvector(*reinterpret_cast<const vh_any*>(e + d), vu), high = {};
-    if (o) high = __builtin_convertvector(*reinterpret_cast<const vh_any*>(o + d), vu);
+    vu low = widen_bits(*reinterpret_cast<const vh_any*>(e + d)), high = {};
+    if (o) high = widen_bits(*reinterpret_cast<const vh_any*>(o + d));
     *reinterpret_cast<vu_any*>(out + d) = low | (high << 16);
   }
   for (; d < dim; ++d) out[d] = e[d] | (o ? uint32_t(o[d]) << 16 : 0u);

@@ -46,7 +46,36 @@ INLINE vf exp2v(vf x) {
   return x < -126.0f ? vf{} : scaled;
 }
 
-INLINE vf widen_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+// Left to itself the compiler widens 16 elements in two halves.
+INLINE vu widen_bits(vh x) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+  return __builtin_convertvector(x, vu);
+#endif
+}
+
+INLINE vf widen_bf16(vh x) { return (vf)(widen_bits(x) << 16); }
+
+// The greatest lane, and the sum of all: in halves, so that few steps follow each other.
+INLINE float highest_lane(vf x) {
+  vi lane;
+  for (int i = 0; i < LANES; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int half = LANES / 2; half; half /= 2) {
+    vf other = __builtin_shuffle(x, lane ^ half);
+    x = other > x ? other : x;
+  }
+  return x[0];
+}
+
+INLINE float sum_of_lanes(vf x) {
+  vi lane;
+  for (int i = 0; i < LANES; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int half = LANES / 2; half; half /= 2) x += __builtin_shuffle(x, lane ^ half);
+  return x[0];
+}
 
 // fp16 to fp32, subnormals, infinities and NaN included.
 INLINE vf widen_fp16(vh x) {
