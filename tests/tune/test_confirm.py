@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from saccade.tune.candidates import DENSE, Candidate
-from saccade.tune.confirm import MARGIN, Search, count_keys, make_choices, make_recipe
+from saccade.tune.confirm import MARGIN, Retrieval, Search, make_choices, make_recipe
 from saccade.tune.score import CandidateScore
 from saccade.tune.search import Choices, evaluate
+
+RIGHT = Retrieval([64], [(-0.5, True)], [(-0.5, True)])
+WRONG = Retrieval([64], [(-1.5, False)], [(-0.5, True)])
 
 
 def ladder_choices(layers=6, heads=4):
@@ -23,20 +26,20 @@ def ladder_choices(layers=6, heads=4):
 @pytest.mark.parametrize("slope", [0.02, 0.2, 2.0])
 def test_what_is_kept_held(slope):
     choices = ladder_choices()
-    search = Search(choices, 0.01, lambda a: slope * a.damage, lambda a: {64: (3, 3, 4)})
+    search = Search(choices, 0.01, lambda a: slope * a.damage, lambda a: RIGHT)
     best = search.run(4, lambda note: None)
     assert slope * best.damage <= MARGIN * 0.01
     assert best.seconds <= float(choices.seconds[..., 0].sum())
     assert (search.kept is not None) == (best.damage > 0)
     if search.kept is not None:
         assert search.kept.holds
-        assert search.kept.passkey == "3/4, dense 3/4"
+        assert search.kept.passkey == "1/1, dense 1/1, loses 0.00 nats"
 
 
 def test_more_tries_do_not_make_it_slower():
     choices = ladder_choices()
     few, many = (
-        Search(choices, 0.01, lambda a: 0.5 * a.damage, lambda a: {64: (3, 3, 4)}).run(tries, lambda note: None)
+        Search(choices, 0.01, lambda a: 0.5 * a.damage, lambda a: RIGHT).run(tries, lambda note: None)
         for tries in (1, 5)
     )
     assert many.seconds <= few.seconds
@@ -45,17 +48,17 @@ def test_more_tries_do_not_make_it_slower():
 def test_lost_pass_keys_make_it_back_off():
     choices = ladder_choices()
 
-    def retrieve(assignment):  # one more than dense at 32 tokens does not make up for one fewer at 64
-        return {32: (4, 3, 4), 64: (2 if assignment.damage > 0.02 else 3, 3, 4)}
+    def retrieve(assignment):
+        return WRONG if assignment.damage > 0.02 else RIGHT
 
     search = Search(choices, 0.5, lambda a: 0.01 * a.damage, retrieve)
     best = search.run(6, lambda note: None)
     assert best.damage <= 0.02
-    assert any("6/8, dense 6/8" in trial.passkey for trial in search.trials if not trial.holds)
+    assert any(trial.passkey == "0/1, dense 1/1, loses 1.00 nats" for trial in search.trials if not trial.holds)
 
 
 def test_nothing_holds_means_dense():
-    search = Search(ladder_choices(), 1e-9, lambda a: 1.0, lambda a: {64: (0, 1, 1)})
+    search = Search(ladder_choices(), 1e-9, lambda a: 1.0, lambda a: WRONG)
     best = search.run(3, lambda note: None)
     assert best.damage == 0
     assert best.chosen.eq(0).all()
@@ -107,6 +110,10 @@ def test_where_nothing_is_faster_nothing_is_measured():
     assert search.kept is None
 
 
-def test_keys_are_counted_by_length():
-    found = count_keys([32, 64, 64], [True, False, True], [True, True, True])
-    assert found == {32: (1, 1, 1), 64: (1, 2, 2)}
+def test_retrieval_holds_only_if_every_length_does():
+    dense = [(-0.5, True), (-0.4, True), (-3.0, False)]
+    assert Retrieval([32, 64, 64], [(-0.55, True), (-0.45, True), (-3.1, False)], dense).holds
+    fainter = Retrieval([32, 64, 64], [(-0.5, True), (-0.4, True), (-3.3, False)], dense)
+    assert fainter.losses == pytest.approx({32: 0.0, 64: 0.15})
+    assert not fainter.holds
+    assert not Retrieval([32, 64, 64], [(-0.5, False), (-0.4, True), (-3.0, True)], dense).holds

@@ -102,6 +102,29 @@ def _prompt_ids(tokenizer: Any, before: str, after: str, key: str) -> list[int]:
 
 
 @torch.no_grad()
+def passkey_likelihoods(model: Any, tokenizer: Any, prompts: Sequence[Passkey]) -> list[tuple[float, bool]]:
+    """How sure the model is of each right answer: finer than whether it finds it, and one run instead of several.
+
+    Args:
+        model: A transformers causal language model.
+        tokenizer: Its tokenizer.
+        prompts: What to ask.
+
+    Returns:
+        For each prompt the log-probability of the right answer in nats, and whether greedy decoding would give it.
+    """
+    results = []
+    for prompt in prompts:
+        answer = torch.tensor([tokenizer(" " + prompt.answer, add_special_tokens=False).input_ids])
+        ids = torch.cat([prompt.ids, answer], 1).to(model.device)
+        count, answer = answer.shape[1], answer.to(model.device)
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=count + 1).logits[:, :-1].float()
+        chosen = logits.log_softmax(-1).gather(-1, answer[..., None])
+        results.append((float(chosen.sum()), bool(logits.argmax(-1).eq(answer).all())))
+    return results
+
+
+@torch.no_grad()
 def passkey_results(model: Any, tokenizer: Any, prompts: Sequence[Passkey], new_tokens: int = 8) -> list[PasskeyResult]:
     """The model's greedy answer to each prompt, one prompt at a time."""
     results = []

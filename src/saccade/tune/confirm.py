@@ -22,6 +22,9 @@ MARGIN = 0.7
 FIRST_SPEED = 0.57
 """Attention time of the first mixture tried, against dense."""
 
+RETRIEVAL_LOSS = 0.1
+"""Nats that the answers to the pass keys of a length may lose on average: a lost key is only the end of a slope."""
+
 BACK_OFF, BACK_OFFS = 0.3, 2
 """If no mixture finds the pass keys: the part of the least damage tried that is tried next, and how often."""
 
@@ -43,6 +46,43 @@ class Trial:
     rise: float
     passkey: str
     holds: bool
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """The answers to pass keys, each as (log-probability, found): of a mixture and of dense attention.
+
+    Args:
+        lengths: Tokens of each prompt.
+        mine: Of the mixture.
+        dense: Of dense attention.
+    """
+
+    lengths: list[int]
+    mine: list[tuple[float, bool]]
+    dense: list[tuple[float, bool]]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """For each length, nats that the answers lose on average."""
+        return {n: self._mean(self.dense, n, 0) - self._mean(self.mine, n, 0) for n in dict.fromkeys(self.lengths)}
+
+    @property
+    def holds(self) -> bool:
+        """At every length as many keys as dense attention finds, and no more than `RETRIEVAL_LOSS`."""
+        as_many = all(self._mean(self.mine, n, 1) >= self._mean(self.dense, n, 1) for n in self.losses)
+        return as_many and max(self.losses.values(), default=0.0) <= RETRIEVAL_LOSS
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        mine, dense = (sum(found for _, found in answers) for answers in (self.mine, self.dense))
+        worst = max(self.losses.values(), default=0.0)
+        return f"{mine}/{len(self.mine)}, dense {dense}/{len(self.dense)}, loses {worst:.2f} nats"
+
+    def _mean(self, answers: list[tuple[float, bool]], length: int, place: int) -> float:
+        values = [float(answer[place]) for n, answer in zip(self.lengths, answers, strict=True) if n == length]
+        return sum(values) / len(values)
 
 
 def make_choices(candidates: list[Candidate], scores: dict[str, list[CandidateScore]]) -> Choices:
@@ -103,7 +143,7 @@ class Search:
         choices: Times and damages.
         budget: Largest allowed relative rise in perplexity.
         measure: Perplexity rise of an assignment, measured.
-        retrieve: For each length asked, pass keys (found by it, found by dense, asked).
+        retrieve: What an assignment does to the pass keys.
     """
 
     def __init__(
@@ -111,7 +151,7 @@ class Search:
         choices: Choices,
         budget: float,
         measure: Callable[[Assignment], float],
-        retrieve: Callable[[Assignment], dict[int, tuple[int, int, int]]],
+        retrieve: Callable[[Assignment], Retrieval],
     ) -> None:
         self.choices = choices
         self.budget = budget
@@ -158,15 +198,13 @@ class Search:
         return True
 
     def _settle(self, step: Callable[[str], None]) -> bool:
-        """Ask trials within the budget for pass keys, fastest first, until one equals dense at every length."""
+        """Ask trials within the budget for pass keys, fastest first, until one does as well as dense."""
         for place in sorted(range(len(self.trials)), key=lambda n: self.trials[n].seconds):
             trial = self.trials[place]
             if not trial.holds or trial.seconds >= self.best.seconds:
                 continue
-            counts = self.retrieve(self.assignments[place])
-            found, dense, asked = (sum(count[i] for count in counts.values()) for i in range(3))
-            holds = all(mine >= theirs for mine, theirs, _ in counts.values())
-            trial = replace(trial, passkey=f"{found}/{asked}, dense {dense}/{asked}", holds=holds)
+            retrieval = self.retrieve(self.assignments[place])
+            trial = replace(trial, passkey=retrieval.label, holds=retrieval.holds)
             self.trials[place] = trial
             step(f"pass keys {trial.passkey}")
             if trial.holds:
@@ -212,12 +250,3 @@ def rise_of(model: Any, recipe: Recipe, windows: Tensor, dense_nll: float) -> fl
     """Relative rise in perplexity of a recipe on windows `[W, N]`."""
     with apply(model, recipe):
         return math.exp(language_score(model, windows).nll - dense_nll) - 1
-
-
-def count_keys(lengths: list[int], mine: list[bool], dense: list[bool]) -> dict[int, tuple[int, int, int]]:
-    """For each prompt length: keys found by a recipe, found by dense attention, and asked."""
-    counts = {}
-    for length in dict.fromkeys(lengths):
-        places = [place for place, other in enumerate(lengths) if other == length]
-        counts[length] = sum(mine[p] for p in places), sum(dense[p] for p in places), len(places)
-    return counts

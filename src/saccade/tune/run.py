@@ -10,13 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from saccade.models.passkey import Passkey, passkey_prompts
+from saccade.models.passkey import Passkey, passkey_likelihoods, passkey_prompts
 from saccade.models.tasks import check_head, language_score, text_windows
 from saccade.plug import Recipe, apply, attention_layers, fingerprint, patchable_layers
 from saccade.report import require_packages, write_report
 from saccade.tune.calibrate import Calibration, score_model
 from saccade.tune.candidates import DENSE, Candidate, dense_candidate, every_other, find_candidates
-from saccade.tune.confirm import Search, Trial, count_keys, make_choices, make_recipe, rise_of
+from saccade.tune.confirm import Retrieval, Search, Trial, make_choices, make_recipe, rise_of
 from saccade.tune.crossover import crossover_lengths
 from saccade.tune.heldout import ARMS, Runner, measure_passkeys, measure_window
 from saccade.tune.pictures import draw_examples, pick_heads
@@ -28,7 +28,7 @@ from saccade.tune.search import Assignment, Choices
 from saccade.tune.state import RunState
 from saccade.tune.texts import Texts, load_texts
 
-CONFIRM_SEED, HELDOUT_SEED = 1000, 2000
+CONFIRM_SEED, HELDOUT_SEED = 1000, 3000
 """Added to the seed for the pass keys of the search and for the held-out ones: no key or text is asked for twice."""
 
 
@@ -222,13 +222,13 @@ class _Job:
                 "rise", _name(assignment), lambda: rise_of(self.model, recipe_of(assignment), windows, nll)
             )
 
-        def ask(name: str, recipe: Recipe) -> list[bool]:
-            runner = Runner(self.model, recipe)
-            return self._kept("keys", name, lambda: measure_passkeys(runner, self.tokenizer, prompts, "tuned"))
+        def ask(name: str, recipe: Recipe) -> list[tuple[float, bool]]:
+            with apply(self.model, recipe):
+                return self._kept("keys", name, lambda: passkey_likelihoods(self.model, self.tokenizer, prompts))
 
-        def retrieve(assignment: Assignment) -> dict[int, tuple[int, int, int]]:
+        def retrieve(assignment: Assignment) -> Retrieval:
             dense, mine = ask("dense", exact), ask(_name(assignment), recipe_of(assignment))
-            return count_keys([prompt.length for prompt in prompts], mine, dense)
+            return Retrieval([prompt.length for prompt in prompts], mine, dense)
 
         with self.progress.stage("search and confirm", self.settings.confirmations + 1):
             nll = self._kept("rise", "dense", dense_nll)
