@@ -81,7 +81,7 @@ def test_the_operators_are_opaque_to_the_compiler():
     layout = BlockLayout.window(40, 48, 12, 3, block=(16, 24))
     parts = (layout.indptr, layout.indices, layout.kinds, layout.bits, 1, 1, 16, 24, 0.3, None, 2**20, "cpu")
     torch.library.opcheck(torch.ops.saccade.block_attend.default, (q, k, v, *parts))
-    rules = (None, None, None, None, 12, 0, None, 0.3, 2**20, "cpu")
+    rules = (None, None, None, None, None, 12, 0, None, 0.3, 2**20, "cpu")
     torch.library.opcheck(torch.ops.saccade.attend.default, (q, k, v, *rules))
 
 
