@@ -303,11 +303,12 @@ def test_what_cannot_be_applied_changes_nothing(tiny: Build, ids: Tensor) -> Non
     model, other = tiny(), tiny(hidden_size=16)
     recipe = Recipe.uniform(model, "sink_window", NARROW)
     layer = recipe.layers[FIRST]
-    heads, unknown = (Choice((0, 1, 2), "dense"),), (Choice("all", "sink_windo"),)
+    heads = (Choice((0, 1, 2), "dense"),)
+    unknown = LayerRecipe((Choice("all", "sink_windo"),), (Choice("all", "dense"),))
     wrong = {
         "another model: this one has .*hidden_size=32 instead of 16": Recipe.uniform(other, "dense"),
         "no attention layer of this name, nearest is": Recipe(recipe.model, {"model.layers.0.attn": layer}),
-        "unknown mechanism 'sink_windo'; did you mean 'sink_window'": Recipe(recipe.model, {FIRST: LayerRecipe(unknown, unknown)}),
+        "unknown mechanism 'sink_windo'; did you mean 'sink_window'": Recipe(recipe.model, {FIRST: unknown}),
         "window=0: expected at least 1 token": Recipe.uniform(model, "sink_window", {"window": 0}),
         "sink_window: .*unexpected keyword argument 'width'": Recipe.uniform(model, "sink_window", {"width": 3}),
         "expected each of 0 to 3 exactly once": Recipe(recipe.model, {FIRST: LayerRecipe(heads, heads)}),
