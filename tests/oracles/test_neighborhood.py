@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saccade.mechanisms.where import neighborhood
-from saccade.mechanisms.where.neighborhood import Neighborhood
+from saccade.mechanisms.where.neighborhood import Neighborhood, useful_strides
 from saccade.types import BlockLayout, Boxes, Geometry
 
 
@@ -186,3 +186,117 @@ def test_refuses_fewer_queries_than_keys():
     q, k = torch.zeros(1, 1, 8, 4), torch.zeros(1, 1, 16, 4)
     with pytest.raises(ValueError, match="queries=8: expected 16"):
         Neighborhood(3)(q, k, k, geometry=Geometry(causal=True))
+
+
+HUNYUAN, COSMOS, FLUX = (30, 48, 80), (16, 44, 80), (256, 256)
+SHARES = {HUNYUAN: 0.607, COSMOS: 0.587, FLUX: 0.518}
+"""Time that these models spend in self-attention, by GNA's Table 1."""
+
+
+@pytest.mark.parametrize(
+    ("grid", "kernel", "q_tile", "kv_tile", "speedups"),
+    [
+        (
+            HUNYUAN, (18, 24, 24), (4, 8, 8), (2, 8, 8),  # tiles as stated under Figure 3
+            {
+                (1, 1, 1): 1.73, (2, 1, 1): 1.78, (1, 1, 8): 1.99, (2, 1, 8): 2.02, (1, 8, 8): 2.17, (2, 8, 8): 2.20,
+                (16, 8, 8): 2.23, (18, 24, 24): 2.06,
+            },
+        ),
+        # The paper does not state the tiles of the others: these, of 256 queries and 128 keys, reproduce its numbers.
+        (HUNYUAN, (30, 40, 40), (2, 16, 8), (2, 8, 8), {
+            (1, 1, 1): 1.21, (1, 1, 8): 1.44, (1, 32, 8): 1.55, (30, 40, 40): 1.44,
+        }),
+        (COSMOS, (16, 32, 48), (8, 4, 8), (4, 4, 8), {
+            (1, 1, 1): 1.35, (1, 8, 1): 1.42, (1, 1, 16): 1.42, (1, 8, 16): 1.50,
+        }),
+        (COSMOS, (16, 24, 16), (8, 4, 8), (4, 4, 8), {
+            (1, 1, 1): 1.90, (1, 8, 1): 1.96, (1, 1, 16): 2.05, (1, 8, 16): 2.10,
+        }),
+        (FLUX, (80, 80), (16, 16), (16, 8), {(1, 1): 1.76, (16, 1): 1.84, (16, 16): 1.88}),
+    ],
+)  # fmt: skip
+def test_speedups_of_the_paper(grid, kernel, q_tile, kv_tile, speedups):
+    """GNA, Tables 2 to 5, column "NATTENSim"; they and the shares are given to two and three digits."""
+    for stride, wanted in speedups.items():
+        count = Neighborhood(kernel, stride).tiles(grid, q_tile, kv_tile)
+        assert count.end_to_end(SHARES[grid]) == pytest.approx(wanted, abs=0.016), stride
+
+
+def test_figure_3_of_the_paper():
+    """HunyuanVideo: 3.3x for standard neighbourhoods, 11.1x where nothing is wasted; the strides it lists."""
+    tiles = ((4, 8, 8), (2, 8, 8))
+    standard, best = (Neighborhood((18, 24, 24), s).tiles(HUNYUAN, *tiles) for s in (1, (16, 8, 8)))
+    assert (standard.visited, standard.total, round(standard.speedup, 1)) == (275, 900, 3.3)
+    assert (best.visited, round(best.speedup, 1), round(best.bound, 1)) == (81, 11.1, 11.1)
+    assert best.block_sparse
+    assert not standard.block_sparse
+    assert useful_strides(30, 18, 4, 2) == {1: 11, 2: 10, 16: 9}
+    assert useful_strides(48, 24, 8, 8) == useful_strides(80, 24, 8, 8) == {1: 5, 8: 3}
+
+
+def visited_tiles(mask, grid, q_tile, kv_tile, dynamic):
+    """Most tiles of keys whose keys some query of a tile sees, or that the box around these keys takes."""
+    places = torch.tensor(list(itertools.product(*map(range, grid))))
+    q_tiles, kv_tiles = (places // torch.tensor(tile) for tile in (q_tile, kv_tile))
+    most = 0
+    for tile in q_tiles.unique(dim=0):
+        seen = mask[(q_tiles == tile).all(1)].any(0)
+        if dynamic:
+            box = places[seen].amax(0) - places[seen].amin(0) + 1
+            most = max(most, int((-(-box // torch.tensor(kv_tile))).prod()))
+        else:
+            most = max(most, len(kv_tiles[seen].unique(dim=0)))
+    return most
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("grid", "kernel", "stride", "q_tile", "kv_tile"),
+    [
+        ((23,), (6,), (4,), (5,), (3,)),
+        ((8, 9), (4, 3), (2, 3), (3, 4), (2, 2)),
+        ((9, 10), (5, 4), (1, 1), (4, 2), (2, 8)),
+        ((3, 5, 6), (2, 3, 4), (1, 2, 2), (2, 2, 2), (2, 1, 4)),
+    ],
+)
+def test_tiles_are_those_with_a_pair(grid, kernel, stride, q_tile, kv_tile, dynamic):
+    count = Neighborhood(kernel, stride).tiles(grid, q_tile, kv_tile, dynamic=dynamic)
+    mask = oracle_mask(grid, kernel, stride, (1,) * len(grid), (False,) * len(grid))
+    assert count.visited == visited_tiles(mask, grid, q_tile, kv_tile, dynamic)
+
+
+@pytest.mark.parametrize(("q_tile", "kv_tile"), [(8, 8), (12, 8), (6, 4), (5, 7)])
+def test_tiles_of_consecutive_tokens(q_tile, kv_tile):
+    grid, kernel = (8, 9), (4, 3)
+    count = Neighborhood(kernel).tiles(grid, q_tile, kv_tile)
+    mask = oracle_mask(grid, kernel, (1, 1), (1, 1), (False, False))
+    assert count.visited == visited_tiles(mask, (72,), (q_tile,), (kv_tile,), dynamic=False)
+    assert (count.total, count.tokens, count.window) == (-(-72 // kv_tile), 72, 12)
+
+
+def test_phases_of_a_dilation_are_tiled_apart():
+    """24 places, 4 apart: phases of 6 places, in which a tile of 2 queries and windows of 3 needs 4 places."""
+    count = Neighborhood(3, dilation=4).tiles((24,), (2,), (2,))
+    assert (count.visited, count.total) == (3, 12)
+    assert Neighborhood(3, dilation=4).tiles((24,), (2,), (2,), dynamic=True).visited == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "tiles", "message"),
+    [
+        ({}, {"q_tile": (4,), "kv_tile": (4, 4)}, r"q_tile=\(4,\): expected an int, or one size for each of the 2"),
+        ({}, {"q_tile": (4, 0), "kv_tile": (4, 4)}, r"q_tile=\(4, 0\): expected at least 1 token"),
+        ({}, {"q_tile": (4, 4), "kv_tile": 16}, r"kv_tile=16: expected as q_tile=\(4, 4\)"),
+        ({}, {"q_tile": 16, "kv_tile": 16, "dynamic": True}, "dynamic=True: expected False"),
+        ({"dilation": 2}, {"q_tile": 16, "kv_tile": 16}, "dilation=2: expected 1"),
+    ],
+)
+def test_refuses_tiles(settings, tiles, message):
+    with pytest.raises(ValueError, match=message):
+        Neighborhood(3, **settings).tiles((8, 9), **tiles)
+
+
+def test_refuses_a_share_that_is_none():
+    with pytest.raises(ValueError, match=r"share=1\.5: expected a share in \[0, 1\]"):
+        Neighborhood(3).tiles((8, 9), (4, 4), (4, 4)).end_to_end(1.5)

@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from saccade.catalog import register
 from saccade.mechanisms.base import SELF_PATTERNS, Selector, require
 from saccade.mechanisms.where._grids import Line, grid_of, grid_pattern, is_per_axis, per_axis
+from saccade.mechanisms.where._tiles import TileCount, flat_tiles, grid_tiles, visits
 from saccade.types import BlockLayout, Boxes, Geometry, Kind, TokenIndex
 from saccade.types.grids import candidates, grid_layout
 
@@ -54,7 +55,7 @@ class Axis(NamedTuple):
     deviations=(
         (
             "Runs on the block and gather engines; the C++ engine tiles the axes of the grid as FNA does. FNA's GPU "
-            "kernels and its speed-up simulator are not built. Window, stride, dilation and borders are NATTEN's."
+            "kernels are not built. Window, stride, dilation and borders are NATTEN's."
         ),
         "kernel_size may be a fraction of the axis, and 1 is allowed (NATTEN asks for at least 2).",
         "Text before and after the grid sees and is seen by all, where NATTEN only lets it be seen.",
@@ -118,6 +119,64 @@ class Neighborhood(Selector):
         """Neighbours of every token: the same for each call on the same grid, so built once."""
         axes = self._axes(grid_of(q.shape[2], k.shape[2], geometry), geometry)
         return _pattern(axes, geometry.prefix, geometry.suffix, self.block, str(q.device))
+
+    def tiles(
+        self, grid: tuple[int, ...], q_tile: int | tuple[int, ...], kv_tile: int | tuple[int, ...], *,
+        dynamic: bool = False,
+    ) -> TileCount:  # fmt: skip
+        """What a kernel that works in tiles can gain on this grid: GNA's simulator (NATTENSim).
+
+        It counts the tiles of keys that the busiest tile of queries visits, against all of them. Each phase of a
+        dilation is tiled on its own, as NATTEN does.
+
+        Args:
+            grid: Sizes of one to three axes.
+            q_tile: Sizes of a tile of queries, one for each axis; an int is a tile of so many consecutive tokens.
+            kv_tile: That of a tile of keys, in the same form.
+            dynamic: Tiles of keys begin where a tile of queries first needs one, instead of at multiples of their size.
+
+        Returns:
+            The counts; their `speedup` is the upper bound, their `bound` what counting operations promises.
+
+        Raises:
+            ValueError: If the tiles are of two forms, of another number of axes or empty, or an int with a dilation or
+                with `dynamic`.
+        """
+        axes = self._axes(grid, Geometry())
+        for name, tile in (("q_tile", q_tile), ("kv_tile", kv_tile)):
+            sizes = tile if isinstance(tile, tuple) else (tile,)
+            require(min(sizes) >= 1, name, tile, "at least 1 token along every axis")
+            fits = isinstance(tile, int) or len(tile) == len(grid)
+            require(fits, name, tile, f"an int, or one size for each of the {len(grid)} axes of grid={grid}")
+        lines = [Line(*axis_window(axis, "cpu"), axis.dilation, axis.kernel) for axis in axes]
+        if isinstance(q_tile, tuple) and isinstance(kv_tile, tuple):
+            return grid_tiles(lines, q_tile, kv_tile, dynamic=dynamic)
+        require(isinstance(q_tile, int) and isinstance(kv_tile, int), "kv_tile", kv_tile, f"as q_tile={q_tile}")
+        require(not dynamic, "dynamic", dynamic, "False with tiles of consecutive tokens")
+        undilated = all(axis.dilation == 1 for axis in axes)
+        require(undilated, "dilation", self.dilation, "1 with tiles of consecutive tokens")
+        return flat_tiles(lines, cast("int", q_tile), cast("int", kv_tile))
+
+
+def useful_strides(size: int, kernel_size: int, q_tile: int, kv_tile: int) -> dict[int, int]:
+    """Strides along one axis worth trying: those with which fewer tiles are visited than with any smaller one.
+
+    Args:
+        size: Of the axis, in tokens.
+        kernel_size: Window, in tokens.
+        q_tile: Queries of a tile along this axis.
+        kv_tile: Keys of a tile along this axis.
+
+    Returns:
+        From such a stride to the tiles of keys that a tile of queries visits along this axis.
+    """
+    useful: dict[int, int] = {}
+    for stride in range(1, kernel_size + 1):
+        line = Line(*axis_window(Axis(size, kernel_size, stride, 1, causal=False), "cpu"), 1, kernel_size)
+        count = visits(line, q_tile, kv_tile, dynamic=False)
+        if not useful or count < min(useful.values()):
+            useful[stride] = count
+    return useful
 
 
 def axis_window(axis: Axis, device: torch.device | str) -> tuple[Tensor, Tensor]:
