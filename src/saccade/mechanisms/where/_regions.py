@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.mechanisms.base import PLAIN, Selector, require, require_pattern
+from saccade.mechanisms.where._orders import hilbert_order
 from saccade.ops import block_attend
 from saccade.ops.checks import accumulation_dtype, check_qkv, check_segments
 from saccade.ops.dispatch import RunRecord, is_recording, record
@@ -81,16 +82,27 @@ def grid_of(q: Tensor, k: Tensor, geometry: Geometry) -> tuple[int, ...]:
 def from_cells(labels: Tensor, count: int, geometry: Geometry) -> Regions:
     """Regions of the grid's cells, int64 `[B or 1, heads or 1, cells]`; text goes to the end, one region of its own."""
     order = labels.argsort(dim=-1, stable=True)
-    ordered = labels.gather(-1, order)
+    return _with_text(order, labels.gather(-1, order), count, geometry)
+
+
+def _with_text(order: Tensor, labels: Tensor, count: int, geometry: Geometry) -> Regions:
+    """Regions of cells moved to `order`, and of the text behind them."""
     text = geometry.prefix + geometry.suffix
     if not text:
-        return Regions(order, ordered, count)
+        return Regions(order, labels, count)
     cells = labels.shape[-1]
     total = cells + text
     outside = torch.cat([torch.arange(geometry.prefix), torch.arange(total - geometry.suffix, total)]).to(order.device)
     outside = outside.expand(*order.shape[:2], -1)
     order = torch.cat([order + geometry.prefix, outside], -1)
-    return Regions(order, torch.cat([ordered, torch.full_like(outside, count)], -1), count + 1, text=1)
+    return Regions(order, torch.cat([labels, torch.full_like(outside, count)], -1), count + 1, text=1)
+
+
+def curve_blocks(grid: tuple[int, ...], size: int, geometry: Geometry, device: torch.device) -> Regions:
+    """Runs of `size` cells along the Hilbert curve, the last one shorter, in the order of the curve."""
+    order = hilbert_order(grid, device) if len(grid) > 1 else torch.arange(grid[0], device=device)
+    labels = torch.arange(len(order), device=device) // size
+    return _with_text(order[None, None], labels[None, None], -(-len(order) // size), geometry)
 
 
 def tiles(grid: tuple[int, ...], tile: tuple[int, ...], geometry: Geometry, device: torch.device) -> Regions:

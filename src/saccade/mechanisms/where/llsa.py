@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,8 @@ from saccade.mechanisms.base import PLAIN, require, require_pattern
 from saccade.mechanisms.where._blocks import head_scores, mean_pool
 from saccade.mechanisms.where._orders import z_order
 from saccade.mechanisms.where._regions import Plan, Regions, RegionSelector, from_cells, grid_of
-from saccade.ops import attend, block_attend, merge
+from saccade.mechanisms.where._weighted import attend_weighted, merge_first
+from saccade.ops import block_attend
 from saccade.ops.checks import check_qkv, check_segments, resolve_scale
 from saccade.ops.dispatch import RunRecord, is_recording, record
 from saccade.types import AttentionOutput, BlockLayout, Geometry, Kind, Pattern
@@ -146,31 +146,24 @@ class LLSA(RegionSelector):
         if is_recording():
             record(RunRecord("select", self.card.name, select_seconds=time.perf_counter() - started))
         factor = resolve_scale(scale, q.shape[3])
-        fine: Any = block_attend(q, k, v, layout, scale=factor, return_lse=True, impl=impl)
-        out, lse = fine
+        out, lse = block_attend(q, k, v, layout, scale=factor, return_lse=True, impl=impl)
         if self.enrich and cells:
             coarse = self._coarse(q[:, :, :cells], k[:, :, :cells], v[:, :, :cells], picked, factor, impl)
-            part: Any = merge([(out[:, :, :cells], lse[:, :, :cells]), *coarse])
-            out, lse = (torch.cat([a, b[:, :, cells:]], 2) for a, b in zip(part, fine, strict=True))
+            out, lse = merge_first(AttentionOutput(out, lse), coarse)
         out = regions.restore(out)
-        return AttentionOutput(out, regions.restore(lse)) if return_lse else out
+        return AttentionOutput(out, regions.restore(lse)) if return_lse and lse is not None else out
 
     def _coarse(
         self, q: Tensor, k: Tensor, v: Tensor, picked: list[Tensor], scale: float, impl: str
     ) -> list[AttentionOutput]:
         """Attention to the means of levels 1 .. L, each weighted by the tokens it stands for."""
         cells, width = q.shape[2], self.block
-        weighted = torch.cat([q, torch.ones_like(q[..., :1])], -1)  # one more channel adds log(weight) to the score
         parts = []
         for level in range(1, len(picked) + 1):
             k, v = mean_pool(k, width), mean_pool(v, width)
-            left = cells - torch.arange(k.shape[2], device=k.device, dtype=k.dtype) * width**level
-            weight = left.clamp(max=width**level).log() / scale
-            keys = torch.cat([k, weight[:, None].expand(*k.shape[:3], 1)], -1).to(q.dtype)
-            options: dict[str, Any] = {"scale": scale, "return_lse": True, "impl": impl}
-            if level == len(picked):
-                parts.append(attend(weighted, keys, v.to(q.dtype), **options))
-                continue
-            layout = BlockLayout.from_indices(picked[level], cells, k.shape[2], (width ** (level + 1), width))
-            parts.append(block_attend(weighted, keys, v.to(q.dtype), layout, **options))
+            left = cells - torch.arange(k.shape[2], device=k.device) * width**level
+            layout = None
+            if level < len(picked):
+                layout = BlockLayout.from_indices(picked[level], cells, k.shape[2], (width ** (level + 1), width))
+            parts.append(attend_weighted(q, k, v, left.clamp(max=width**level), layout, scale, impl))
         return parts

@@ -14,13 +14,12 @@ from torch import Tensor
 from saccade.catalog import register
 from saccade.mechanisms.base import PLAIN, require, require_pattern
 from saccade.mechanisms.where._blocks import head_scores
-from saccade.mechanisms.where._orders import hilbert_order
 from saccade.mechanisms.where._regions import (
     Plan,
     Regions,
     RegionSelector,
     attend_moved,
-    from_cells,
+    curve_blocks,
     grid_of,
     keep_text,
     regions_layout,
@@ -112,10 +111,7 @@ class Rectified(RegionSelector):
         return self._plan(regions, self._choose(regions, pooled, grid_of(q, k, geometry), geometry.prefix))
 
     def _regions(self, q: Tensor, k: Tensor, geometry: Geometry) -> Regions:
-        grid = grid_of(q, k, geometry)
-        order = hilbert_order(grid, q.device) if len(grid) > 1 else torch.arange(grid[0], device=q.device)
-        place = order.argsort() // self.block
-        return from_cells(place[None, None], -(-len(order) // self.block), geometry)
+        return curve_blocks(grid_of(q, k, geometry), self.block, geometry, q.device)
 
     def _pool(self, q: Tensor, k: Tensor, regions: Regions, scale: float) -> Pooled:
         """The pooled map of moved q and k."""

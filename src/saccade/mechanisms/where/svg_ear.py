@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from saccade.mechanisms.where._regions import (
     keep_text,
     regions_layout,
 )
+from saccade.mechanisms.where._weighted import attend_weighted
 from saccade.ops import block_attend, merge
 from saccade.ops.checks import accumulation_dtype, check_qkv, check_segments, resolve_scale
 from saccade.ops.dispatch import RunRecord, is_recording, record
@@ -164,15 +165,15 @@ class SVGEAR(RegionSelector):
         plan = self._plan(routing)
         if is_recording():
             record(RunRecord("select", self.card.name, select_seconds=time.perf_counter() - started))
-        options: dict[str, Any] = {"scale": resolve_scale(scale, q.shape[3]), "return_lse": True, "impl": impl}
+        factor = resolve_scale(scale, q.shape[3])
         q, k, v = plan.rows.move(q), plan.columns.move(k), plan.columns.move(v)
-        exact = block_attend(q, k, v, plan.layout, **options)
-        out, lse = merge([exact, self._compensation(q, k, v, routing, options)])
+        exact = block_attend(q, k, v, plan.layout, scale=factor, return_lse=True, impl=impl)
+        out, lse = merge([exact, self._compensation(q, k, v, routing, factor, impl)])
         out = plan.rows.restore(out)
         return AttentionOutput(out, plan.rows.restore(lse)) if return_lse and lse is not None else out
 
     def _compensation(
-        self, q: Tensor, k: Tensor, v: Tensor, routing: Routing, options: dict[str, Any]
+        self, q: Tensor, k: Tensor, v: Tensor, routing: Routing, scale: float, impl: str
     ) -> AttentionOutput:
         """Attention of moved queries to the centroids of the clusters that are not computed, each as all its keys."""
         rows, columns, chosen = routing
@@ -183,8 +184,5 @@ class SVGEAR(RegionSelector):
         skipped = torch.nn.functional.pad(skipped, (0, 0, 0, rows.text))  # text leaves nothing out
         place = torch.arange(count, device=q.device)[None, None]
         layout = regions_layout(skipped, rows, Regions(place, place, count), self.block)
-        weight = (sizes.clamp(min=1).to(accumulation_dtype(k.dtype)).log() / options["scale"])[..., None]
-        keys = torch.cat([columns.means(k)[:, :, :count], weight.expand(*k.shape[:2], count, 1)], -1)
-        weighted = torch.cat([q, torch.ones_like(q[..., :1])], -1)  # one more channel adds log(n_c) to the score
-        values = columns.means(v)[:, :, :count]
-        return block_attend(weighted, keys.to(q.dtype), values.to(v.dtype), layout, **options)
+        keys, values = (columns.means(x)[:, :, :count] for x in (k, v))
+        return attend_weighted(q, keys, values, sizes.clamp(min=1), layout, scale, impl)
