@@ -65,10 +65,13 @@ def test_passkey_results_read_the_greedy_answer(byte_model: tuple[Any, Any], mon
 def test_likelihood_of_the_right_answer_is_the_sum_over_its_tokens(byte_model: tuple[Any, Any]) -> None:
     model, tokenizer = byte_model
     prompt = passkey_prompts(tokenizer, [300], [0.5], haystack="abc " * 200)[0]
-    value, found = passkey_likelihoods(model, tokenizer, [prompt])[0]
+    value, found, nll = passkey_likelihoods(model, tokenizer, [prompt], score_text=True)[0]
     answer = tokenizer(" " + prompt.answer, add_special_tokens=False).input_ids
     with torch.no_grad():
         logits = model(input_ids=torch.cat([prompt.ids, torch.tensor([answer])], 1)).logits[0].log_softmax(-1)
     rows = logits[prompt.ids.shape[1] - 1 : -1]
     assert value == pytest.approx(sum(float(row[token]) for row, token in zip(rows, answer, strict=True)), abs=1e-4)
     assert found == all(int(row.argmax()) == token for row, token in zip(rows, answer, strict=True))
+    whole = torch.cat([prompt.ids[0], torch.tensor(answer)])
+    assert nll == pytest.approx(-float(logits[:-1].gather(1, whole[1:, None]).mean()), abs=1e-4)
+    assert passkey_likelihoods(model, tokenizer, [prompt])[0].nll is None

@@ -43,3 +43,14 @@ def test_an_applied_recipe_is_refused(tiny):
     refused = pytest.raises(ValueError, match="a recipe is applied already")
     with apply(model, Recipe.uniform(model, "dense")), refused, watch(model, print):
         pass
+
+
+def test_layers_can_run_a_recipe_while_they_are_watched(tiny, ids):
+    model = tiny()
+    window = Recipe.uniform(model, "sink_window", {"window": 4, "sinks": 0, "block": 4})
+    with apply(model, window):
+        wanted = model(ids).logits
+    seen = []
+    with watch(model, seen.append, window):
+        assert torch.equal(model(ids).logits, wanted)
+    assert [observation.layer for observation in seen] == list(attention_layers(model))

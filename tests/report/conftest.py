@@ -107,7 +107,7 @@ def report():
         "model": {"name": "SmolLM2-135M-Instruct", "architecture": "LlamaForCausalLM", "layers": LAYERS,
                   "heads": HEADS, "kv_heads": 3, "head_dim": 64, "dtype": "float32", "weights": "84c0d0f4" * 8},
         "text": "built-in: documentation; 55,176 calibration and 36,658 held-out tokens",
-        "settings": {"context": 8192, "budget": 0.01, "seed": 0, "confirmations": 4, "rounds": 3},
+        "settings": {"context": 8192, "budget": 0.01, "seed": 0, "confirmations": 4, "rounds": 3, "sampled": 4},
         "summary": {"prefill_speedup": 1.31, "prefill_speedup_each": [1.28, 1.31, 1.33], "prefill_seconds": both,
                     "decode_seconds": {"dense": 0.14, "tuned": 0.143}, "perplexity": {"dense": 11.48, "tuned": 11.62},
                     "perplexity_rise": 0.0124, "kl": 0.01131, "peak_bytes": {"dense": 412500000, "tuned": 498800000},

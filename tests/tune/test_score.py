@@ -14,8 +14,10 @@ from saccade.tune.score import (
     LayerInputs,
     compare_outputs,
     hopeless,
+    sample,
     score_layer,
 )
+from saccade.types import BlockLayout, TokenIndex
 
 pytestmark = pytest.mark.quick
 
@@ -83,3 +85,38 @@ def test_skipped_candidates_keep_their_place():
     assert dense.measured
     assert moba.measured
     assert window == replace(history[-1][1], measured=False)
+
+
+def test_a_sample_is_every_fourth_stretch_from_the_last():
+    layout = BlockLayout.window(1000, 1000, 300, 0, block=64)
+    part, tokens, work = sample(layout)
+    wanted = torch.cat([torch.arange(first, min(first + 128, 1000)) for first in (384, 896)])
+    assert torch.equal(tokens, wanted)
+    assert torch.equal(part.to_dense()[0, 0], layout.to_dense()[0, 0, wanted])
+    assert work == pytest.approx(len(layout.indices) / len(part.indices))
+
+
+def test_lists_of_keys_are_taken_whole():
+    index = TokenIndex(torch.zeros(1, 1, 300, 1, dtype=torch.int64), 300, 300)
+    assert sample(index) == (index, slice(None), 1.0)
+
+
+def test_a_sampled_damage_is_that_of_the_sampled_queries():
+    inputs = make_inputs(tokens=700)
+    candidate = Candidate("sink_window", {"window": 64, "sinks": 0, "block": 16})
+    _, scored = score_layer(inputs, [candidate])
+    tokens = torch.cat([torch.arange(128, 256), torch.arange(640, 700)])
+    k, v = (x.repeat_interleave(2, 1) for x in (inputs.k, inputs.v))
+    place = torch.arange(700)
+    away = place[:, None] - place
+    seen = {"dense": away >= 0, "window": (away >= 0) & (away < 64)}
+    out = {
+        name: (inputs.q @ k.transpose(2, 3) * inputs.scale).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+        for name, mask in seen.items()
+    }
+    change = (out["window"] - out["dense"])[0, :, tokens]
+    for head in range(4):
+        moved = change[head] @ inputs.mixing[:, head * 8 : head * 8 + 8].T
+        relative = moved.square().sum(-1) / inputs.residual[tokens].square()
+        wanted = (1 - FOCUS_SHARE) * relative.mean() + FOCUS_SHARE * relative[-3:].mean()
+        assert scored.damage[head] == pytest.approx(float(wanted), rel=1e-3)

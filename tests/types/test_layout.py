@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
 from saccade.types import BlockLayout, Geometry
+from saccade.types.layout_algebra import take_query_blocks
 
 pytestmark = pytest.mark.quick
 
@@ -325,3 +326,14 @@ def test_to_another_device_keeps_everything():
     layout = BlockLayout.window(8, 8, 1, 0, block=4)
     assert layout.to("cpu") is layout
     assert layout.to("meta").indptr.device.type == "meta"
+
+
+def test_some_query_blocks_alone():
+    layout = BlockLayout.window(90, 120, 40, 0, block=(16, 32)).expand(2, 3)
+    blocks = torch.tensor([1, 2, 5])
+    part = take_query_blocks(layout, blocks)
+    part.validate()
+    tokens = torch.cat([torch.arange(16, 48), torch.arange(80, 90)])
+    assert part.queries == 42
+    assert torch.equal(part.to_dense(), layout.to_dense()[:, :, tokens])
+    assert take_query_blocks(layout, torch.tensor([0, 3])).queries == 32

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from saccade.models.tasks import last_hidden_states, log_probs, token_log_probs
 from saccade.models.text import heldout_text
 
 
@@ -39,6 +40,20 @@ class PasskeyResult:
     answer: str
     reply: str
     found: bool
+
+
+class PasskeyLikelihood(NamedTuple):
+    """How sure a model is of the right answer to a `Passkey`.
+
+    Args:
+        log_prob: Of the answer, in nats.
+        found: Whether greedy decoding would give it.
+        nll: Of the whole prompt, mean over its tokens in nats; None if not asked for.
+    """
+
+    log_prob: float
+    found: bool
+    nll: float | None = None
 
 
 ASK = "Read the text. A pass key is hidden in it. Remember the pass key.\n\n"
@@ -102,25 +117,30 @@ def _prompt_ids(tokenizer: Any, before: str, after: str, key: str) -> list[int]:
 
 
 @torch.no_grad()
-def passkey_likelihoods(model: Any, tokenizer: Any, prompts: Sequence[Passkey]) -> list[tuple[float, bool]]:
+def passkey_likelihoods(
+    model: Any, tokenizer: Any, prompts: Sequence[Passkey], *, score_text: bool = False
+) -> list[PasskeyLikelihood]:
     """How sure the model is of each right answer: finer than whether it finds it, and one run instead of several.
 
     Args:
         model: A transformers causal language model.
         tokenizer: Its tokenizer.
         prompts: What to ask.
+        score_text: Whether to score the prompts' text too, from the same runs.
 
     Returns:
-        For each prompt the log-probability of the right answer in nats, and whether greedy decoding would give it.
+        One for each prompt.
     """
     results = []
     for prompt in prompts:
         answer = torch.tensor([tokenizer(" " + prompt.answer, add_special_tokens=False).input_ids])
-        ids = torch.cat([prompt.ids, answer], 1).to(model.device)
-        count, answer = answer.shape[1], answer.to(model.device)
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=count + 1).logits[:, :-1].float()
-        chosen = logits.log_softmax(-1).gather(-1, answer[..., None])
-        results.append((float(chosen.sum()), bool(logits.argmax(-1).eq(answer).all())))
+        ids = torch.cat([prompt.ids, answer], 1).to(model.device)[0]
+        hidden = last_hidden_states(model, ids)
+        wanted = ids[-answer.shape[1] :]
+        table = log_probs(model, hidden[-answer.shape[1] - 1 : -1])
+        chosen = float(table.gather(-1, wanted[:, None]).sum())
+        nll = -float(token_log_probs(model, hidden, ids).double().mean()) if score_text else None
+        results.append(PasskeyLikelihood(chosen, bool(table.argmax(-1).eq(wanted).all()), nll))
     return results
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SLICE = 512
-"""Tokens whose logits are held at a time."""
+SLICE = 128
+"""Tokens whose logits are held at a time: few enough that the C library reuses their memory instead of returning it."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,10 @@ def token_log_probs(model: Any, hidden: Tensor, ids: Tensor) -> Tensor:
     """Log-probability, fp32 `[N - 1]`, that each token but the first has, from hidden states `[N, C]` and ids `[N]`."""
     targets = ids.reshape(-1)[1:].to(hidden.device)
     slices = zip(hidden[:-1].split(SLICE), targets.split(SLICE), strict=True)
-    parts = [log_probs(model, part).gather(1, target[:, None])[:, 0] for part, target in slices]
+    parts = []
+    for part, target in slices:
+        table = logits(model, part).float()
+        parts.append(table.gather(1, target[:, None])[:, 0] - table.logsumexp(-1))
     return torch.cat(parts)
 
 

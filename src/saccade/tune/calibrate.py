@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saccade.models.passkey import Passkey
 from saccade.models.tasks import last_hidden_states
-from saccade.plug import Observation, watch
+from saccade.plug import Observation, Recipe, watch
 from saccade.tune.candidates import Candidate
 from saccade.tune.score import CandidateScore, LayerInputs, score_layer
 
@@ -44,6 +44,7 @@ def score_model(
     candidates: list[Candidate],
     known: Callable[[str], list[CandidateScore] | None],
     found: Callable[[str, list[CandidateScore]], None],
+    exact: Recipe,
 ) -> None:
     """Run the model once and score the candidates in each layer as it passes.
 
@@ -53,6 +54,7 @@ def score_model(
         candidates: What to score; dense attention is always scored first.
         known: Scores of a layer from an earlier run, or None; such layers are skipped.
         found: Called with each layer's name and scores.
+        exact: Dense attention, as the model runs meanwhile.
     """
     residuals: dict[str, Tensor] = {}
     history: list[list[CandidateScore]] = []
@@ -74,7 +76,7 @@ def score_model(
         for name, parent in decoder_layers(model).items()
     ]
     try:
-        with torch.no_grad(), watch(model, observe):
+        with torch.no_grad(), watch(model, observe, exact):
             last_hidden_states(model, calibration.ids)
     finally:
         for hook in hooks:

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saccade.models.tasks import language_score
-from saccade.plug import Choice, LayerRecipe, Recipe, apply, fingerprint
+from saccade.models.passkey import PasskeyLikelihood
+from saccade.plug import Choice, LayerRecipe, Recipe, fingerprint
 from saccade.tune.candidates import DENSE, Candidate
 from saccade.tune.score import CandidateScore
-from saccade.tune.search import Assignment, Choices, evaluate, within
+from saccade.tune.search import Assignment, Choices, assign, evaluate, within
 
 MARGIN = 0.7
 """Share of the budget that the search aims at: held-out text may take a recipe worse than calibration text."""
 
-FIRST_SPEED = 0.57
+FIRST_SPEED = 0.75
 """Attention time of the first mixture tried, against dense."""
+
+RAISE, BACK_OFF = 4.0, 0.3
+"""What the damage is multiplied by while every mixture tried holds, and while none does; in between it is bisected."""
+
+WORTH = 0.02
+"""Part of the dense attention time that a mixture must save over the best one that held, to be tried."""
 
 RETRIEVAL_LOSS = 0.1
 """Nats that the answers to the pass keys of a length may lose on average: a lost key is only the end of a slope."""
-
-BACK_OFF, BACK_OFFS = 0.3, 2
-"""If no mixture finds the pass keys: the part of the least damage tried that is tried next, and how often."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +40,21 @@ class Trial:
     Args:
         seconds: Predicted attention time.
         damage: Predicted damage.
-        rise: Measured relative rise in perplexity.
-        passkey: Pass keys found by it, by dense, and asked, as text; "" if not asked.
-        holds: Whether the budget holds and, if asked, the pass keys.
+        rise: Measured relative rise in perplexity; None if pass keys of shorter prompts were lost before.
+        passkey: Pass keys found by it, by dense, and asked, as text.
+        holds: Whether the pass keys and the budget hold.
     """
 
     seconds: float
     damage: float
-    rise: float
+    rise: float | None
     passkey: str
     holds: bool
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """The answers to pass keys, each as (log-probability, found): of a mixture and of dense attention.
+    """What a mixture and dense attention make of prompts with a pass key, shortest first.
 
     Args:
         lengths: Tokens of each prompt.
@@ -59,30 +63,47 @@ class Retrieval:
     """
 
     lengths: list[int]
-    mine: list[tuple[float, bool]]
-    dense: list[tuple[float, bool]]
+    mine: list[PasskeyLikelihood]
+    dense: list[PasskeyLikelihood]
+
+    def join(self, length: int, mine: list[PasskeyLikelihood], dense: list[PasskeyLikelihood]) -> Retrieval:
+        """With the answers to the prompts of one more length."""
+        return Retrieval([*self.lengths, *[length] * len(mine)], [*self.mine, *mine], [*self.dense, *dense])
 
     @property
     def losses(self) -> dict[int, float]:
         """For each length, nats that the answers lose on average."""
-        return {n: self._mean(self.dense, n, 0) - self._mean(self.mine, n, 0) for n in dict.fromkeys(self.lengths)}
+        return {
+            length: mean(d.log_prob for _, d in pairs) - mean(m.log_prob for m, _ in pairs)
+            for length, pairs in self._by_length().items()
+        }
 
     @property
     def holds(self) -> bool:
         """At every length as many keys as dense attention finds, and no more than `RETRIEVAL_LOSS`."""
-        as_many = all(self._mean(self.mine, n, 1) >= self._mean(self.dense, n, 1) for n in self.losses)
+        as_many = all(
+            sum(m.found for m, _ in pairs) >= sum(d.found for _, d in pairs) for pairs in self._by_length().values()
+        )
         return as_many and max(self.losses.values(), default=0.0) <= RETRIEVAL_LOSS
 
     @property
     def label(self) -> str:
         """In words."""
-        mine, dense = (sum(found for _, found in answers) for answers in (self.mine, self.dense))
+        mine, dense = (sum(answer.found for answer in answers) for answers in (self.mine, self.dense))
         worst = max(self.losses.values(), default=0.0)
         return f"{mine}/{len(self.mine)}, dense {dense}/{len(self.dense)}, loses {worst:.2f} nats"
 
-    def _mean(self, answers: list[tuple[float, bool]], length: int, place: int) -> float:
-        values = [float(answer[place]) for n, answer in zip(self.lengths, answers, strict=True) if n == length]
-        return sum(values) / len(values)
+    @property
+    def rise(self) -> float | None:
+        """Relative rise in perplexity of the prompts whose text was scored; None if there are none."""
+        pairs = ((m.nll, d.nll) for m, d in zip(self.mine, self.dense, strict=True))
+        rises = [mine - dense for mine, dense in pairs if mine is not None and dense is not None]
+        return math.expm1(mean(rises)) if rises else None
+
+    def _by_length(self) -> dict[int, list[tuple[PasskeyLikelihood, PasskeyLikelihood]]]:
+        """The answers of both to the prompts of each length."""
+        pairs = list(zip(self.lengths, self.mine, self.dense, strict=True))
+        return {length: [(m, d) for n, m, d in pairs if n == length] for length in dict.fromkeys(self.lengths)}
 
 
 def make_choices(candidates: list[Candidate], scores: dict[str, list[CandidateScore]]) -> Choices:
@@ -142,20 +163,17 @@ class Search:
     Args:
         choices: Times and damages.
         budget: Largest allowed relative rise in perplexity.
-        measure: Perplexity rise of an assignment, measured.
-        retrieve: What an assignment does to the pass keys.
+        retrieve: What an assignment does to prompts with a pass key and to the perplexity of their text.
     """
 
     def __init__(
         self,
         choices: Choices,
         budget: float,
-        measure: Callable[[Assignment], float],
         retrieve: Callable[[Assignment], Retrieval],
     ) -> None:
         self.choices = choices
         self.budget = budget
-        self.measure = measure
         self.retrieve = retrieve
         self.trials: list[Trial] = []
         self.assignments: list[Assignment] = []
@@ -164,89 +182,53 @@ class Search:
         self.kept: Trial | None = None
 
     def run(self, tries: int, step: Callable[[str], None]) -> Assignment:
-        """Look for the fastest assignment within the budget, then make sure that it retrieves.
+        """Look for the fastest assignment that finds the pass keys within the budget.
 
         Args:
-            tries: Perplexities measured, at most.
+            tries: Assignments measured, at most.
             step: Called with a note after each.
 
         Returns:
             The fastest assignment that held; dense attention if none did.
         """
-        target = self._first_target()
+        dense, target = self.best.seconds, self._first_target()
         for _ in range(tries):
-            if not self._try(target, step):
+            assignment = within(self.choices, target)
+            new = all(abs(trial.damage - assignment.damage) > 1e-12 for trial in self.trials)
+            if not new or assignment.damage <= 0 or self.best.seconds - assignment.seconds < WORTH * dense:
                 break
+            self._try(assignment, step)
             target = self._next_target()
-        for _ in range(BACK_OFFS):
-            least = min((trial.damage for trial in self.trials), default=0.0)
-            if self._settle(step) or not self._try(BACK_OFF * least, step):
-                break
-        else:
-            self._settle(step)
         return self.best
 
-    def _try(self, target: float, step: Callable[[str], None]) -> bool:
-        """Measure the fastest assignment within a predicted damage; False if that is dense or was tried."""
-        assignment = within(self.choices, target)
-        if assignment.damage <= 0 or any(abs(t.damage - assignment.damage) < 1e-12 for t in self.trials):
-            return False
-        rise = self.measure(assignment)
-        self.trials.append(Trial(assignment.seconds, assignment.damage, rise, "", rise <= MARGIN * self.budget))
-        self.assignments.append(assignment)
-        step(f"perplexity {rise:+.2%}, attention {assignment.seconds:.1f} s")
-        return True
-
-    def _settle(self, step: Callable[[str], None]) -> bool:
-        """Ask trials within the budget for pass keys, fastest first, until one does as well as dense."""
-        for place in sorted(range(len(self.trials)), key=lambda n: self.trials[n].seconds):
-            trial = self.trials[place]
-            if not trial.holds or trial.seconds >= self.best.seconds:
-                continue
-            retrieval = self.retrieve(self.assignments[place])
-            trial = replace(trial, passkey=retrieval.label, holds=retrieval.holds)
-            self.trials[place] = trial
-            step(f"pass keys {trial.passkey}")
-            if trial.holds:
-                self.best, self.kept = self.assignments[place], trial
-                return True
-        return False
+    def _try(self, assignment: Assignment, step: Callable[[str], None]) -> None:
+        """Run an assignment end to end and keep what it did."""
+        retrieval = self.retrieve(assignment)
+        rise = retrieval.rise
+        holds = retrieval.holds and rise is not None and rise <= MARGIN * self.budget
+        trial = Trial(assignment.seconds, assignment.damage, rise, retrieval.label, holds)
+        self.trials.append(trial)
+        if holds and assignment.seconds < self.best.seconds:
+            self.best, self.kept = assignment, trial
+        perplexity = "" if rise is None else f"perplexity {rise:+.2%}, "
+        step(f"{perplexity}pass keys {retrieval.label}, attention {assignment.seconds:.1f} s")
 
     def _first_target(self) -> float:
-        """A damage at which attention takes about `FIRST_SPEED` of the dense time."""
-        low, high = 1e-9, float(self.choices.damage.amax(2).sum())
-        wanted = FIRST_SPEED * self.best.seconds
-        for _ in range(14):
-            middle = math.sqrt(low * high)
-            if within(self.choices, middle, steps=16).seconds > wanted:
-                low = middle
-            else:
-                high = middle
-        return high
+        """The damage at which attention takes about `FIRST_SPEED` of the dense time, by bisecting the price of it."""
+        low, high, scale = -12.0, 12.0, self.best.seconds
+        for _ in range(10):
+            middle = (low + high) / 2
+            slower = assign(self.choices, scale * 10**middle).seconds > FIRST_SPEED * self.best.seconds
+            low, high = (low, middle) if slower else (middle, high)
+        return assign(self.choices, scale * 10**low).damage
 
     def _next_target(self) -> float:
-        """Where a power law through the last two trials meets the aim, between what held and what did not."""
-        aim = 0.95 * MARGIN * self.budget
-        last = self.trials[-1]
-        low = max((t.damage for t in self.trials if t.holds), default=0.0)
-        high = min((t.damage for t in self.trials if not t.holds), default=math.inf)
-        if last.rise <= 0:
-            guess = 4 * last.damage
-        else:
-            guess = last.damage * min(max((aim / last.rise) ** (1 / self._slope()), 0.05), 8.0)
-        if low < guess < high:
-            return guess
-        return math.sqrt(low * high) if 0 < low < high < math.inf else guess / 2
-
-    def _slope(self) -> float:
-        """How the logarithm of the rise grows with that of the damage: 1 until two trials tell."""
-        known = [(math.log(t.damage), math.log(t.rise)) for t in self.trials[-2:] if t.rise > 0]
-        if len(known) < 2 or known[0][0] == known[1][0]:
-            return 1.0
-        return min(max((known[1][1] - known[0][1]) / (known[1][0] - known[0][0]), 0.4), 1.5)
-
-
-def rise_of(model: Any, recipe: Recipe, windows: Tensor, dense_nll: float) -> float:
-    """Relative rise in perplexity of a recipe on windows `[W, N]`."""
-    with apply(model, recipe):
-        return math.exp(language_score(model, windows).nll - dense_nll) - 1
+        """Further up while all hold, further down while none does, else between what held and what did not."""
+        held = max((trial.damage for trial in self.trials if trial.holds), default=0.0)
+        lost = min((trial.damage for trial in self.trials if not trial.holds), default=math.inf)
+        if held == 0:
+            return BACK_OFF * lost
+        if lost < math.inf:
+            return math.sqrt(held * lost)
+        rise = self.trials[-1].rise or 0.0
+        return held * (min(RAISE, 0.95 * MARGIN * self.budget / rise) if rise > 0 else RAISE)

@@ -10,7 +10,7 @@ from torch import Tensor
 from saccade.bench.measure import interleaved
 from saccade.models.tasks import last_hidden_states
 from saccade.ops import attend
-from saccade.plug import Observation, attention_layers, watch
+from saccade.plug import Observation, Recipe, attention_layers, watch
 from saccade.tune.candidates import Candidate
 from saccade.types import Geometry
 
@@ -26,7 +26,9 @@ def lengths_to_try(context: int) -> list[int]:
     return lengths
 
 
-def crossover_lengths(model: Any, ids: Tensor, candidates: list[Candidate], context: int) -> dict[str, int]:
+def crossover_lengths(
+    model: Any, ids: Tensor, candidates: list[Candidate], context: int, exact: Recipe
+) -> dict[str, int]:
     """For each candidate (by key) the shortest length tried from which it is faster than dense attention.
 
     The scoring has shown each to be faster at `context` itself; shorter prefixes of the middle layer's queries and keys
@@ -37,6 +39,7 @@ def crossover_lengths(model: Any, ids: Tensor, candidates: list[Candidate], cont
         ids: Token ids `[context]`.
         candidates: Candidates in use.
         context: Tokens they were scored at.
+        exact: Dense attention, as the model runs meanwhile.
 
     Returns:
         Tokens by the candidates' keys.
@@ -52,7 +55,7 @@ def crossover_lengths(model: Any, ids: Tensor, candidates: list[Candidate], cont
         if observation.layer == middle:
             seen.append(observation)
 
-    with torch.no_grad(), watch(model, observe):
+    with torch.no_grad(), watch(model, observe, exact):
         last_hidden_states(model, ids[: context // 2])
         racing = {candidate.key: candidate.build() for candidate in candidates}
         for length in lengths_to_try(context):

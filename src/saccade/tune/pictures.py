@@ -30,7 +30,9 @@ def pick_heads(recipe: Recipe, count: int = 6) -> list[tuple[str, int, Candidate
     return list(found.values())[:count]
 
 
-def draw_examples(model: Any, ids: Tensor, picks: list[tuple[str, int, Candidate]]) -> list[dict[str, Any]]:
+def draw_examples(
+    model: Any, ids: Tensor, picks: list[tuple[str, int, Candidate]], exact: Recipe
+) -> list[dict[str, Any]]:
     """For each pick, `[CELLS, CELLS]` log attention and share of computed pairs, and the attention mass these hold."""
     examples: list[dict[str, Any]] = []
 
@@ -41,7 +43,7 @@ def draw_examples(model: Any, ids: Tensor, picks: list[tuple[str, int, Candidate
                 examples.extend([] if example is None else [example])
 
     if picks:
-        with torch.no_grad(), watch(model, observe):
+        with torch.no_grad(), watch(model, observe, exact):
             last_hidden_states(model, ids)
     return examples
 

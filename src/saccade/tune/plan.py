@@ -20,8 +20,8 @@ TIMED_TOKENS = 2048
 SHORTEST_QUESTION = 256
 """Tokens that a pass-key prompt has at least."""
 
-PART_OF_DENSE = 0.33
-"""Time of an average candidate against dense attention, for the estimate."""
+PART_OF_DENSE = 0.36
+"""Time of scoring an average candidate against dense attention of all queries, for the estimate."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Settings:
         seed: Of the pass keys.
         confirmations: Mixtures tried end to end, at most.
         rounds: Held-out windows measured.
+        picture: Tokens of the text that pictures are drawn from.
         questions: Pass keys to ask for on held-out text: tokens of the prompt, and depth of the key in it.
         trial_questions: The same for the mixtures tried in the search, on calibration text.
     """
@@ -43,6 +44,7 @@ class Settings:
     seed: int
     confirmations: int
     rounds: int
+    picture: int
     questions: tuple[tuple[int, float], ...]
     trial_questions: tuple[tuple[int, float], ...]
 
@@ -67,13 +69,13 @@ class Settings:
         if not 0 < budget <= 1:
             raise ValueError(f"budget={budget}: expected a relative rise in perplexity in (0, 1], such as 0.01 for 1%")
         lengths = [n for n in (context // 4, context // 2) if n >= SHORTEST_QUESTION]
-        depths = (0.25, 0.75) if quick else (0.1, 0.5, 0.9)
+        depths = (0.5,) if quick else (0.1, 0.5, 0.9)
         questions = tuple((n, depth) for n in lengths for depth in depths)
         # The longest prompts take longest, but a key is lost there first: the search asks for more of them.
         at_context = () if quick and questions else (0.25, 0.75)
         trials = (0.5,) if quick else (0.1, 0.4, 0.6, 0.9)
         return cls(
-            context, budget, seed, 2 if quick else 3, 1 if quick else 3,
+            context, budget, seed, 2 if quick else 4, 1 if quick else 3, context // 2 if quick else context,
             questions + tuple((context, depth) for depth in at_context),
             questions + tuple((context, depth) for depth in trials),
         )  # fmt: skip
@@ -119,16 +121,14 @@ def make_plan(model: Any, settings: Settings, candidates: list[Candidate], left_
     attention = pairs["saccade"] * settings.context**2
     head = 2 * embedding * settings.context / rate
     trial_keys = sum(prefill(length, "saccade") for length, _ in settings.trial_questions)
+    whole = sum(length == settings.context for length, _ in settings.trial_questions)
     keys = sum(prefill(length, engine) for length, _ in settings.questions for engine in pairs)
     seconds = {
-        "score candidates per layer": dense + attention * PART_OF_DENSE * len(candidates),
-        "search and confirm": dense
-        + settings.confirmations * tuned
-        + (settings.confirmations + 1) * head
-        + 2 * trial_keys,
+        "score candidates per layer": tuned + attention * (1 + PART_OF_DENSE * len(candidates)),
+        "search and confirm": (1 + 0.6 * settings.confirmations) * (trial_keys + whole * head),
         "measure on held-out text": (settings.rounds + 1) * (dense + tuned) + settings.rounds * 3 * head,
         "pass keys": keys,
-        "pictures and report": 1.2 * dense,
+        "pictures and report": 1.2 * prefill(settings.picture, "saccade"),
     }
     return Plan(settings, tuple(candidates), left_out, {k: v / 60 for k, v in seconds.items()}, dense)
 

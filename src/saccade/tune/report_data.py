@@ -16,7 +16,7 @@ from saccade.tune.candidates import Candidate
 from saccade.tune.confirm import Trial
 from saccade.tune.heldout import ARMS
 from saccade.tune.plan import Plan
-from saccade.tune.score import CandidateScore
+from saccade.tune.score import SAMPLED, CandidateScore
 from saccade.tune.search import Assignment, Choices, frontier
 
 VERSION = 1
@@ -65,7 +65,7 @@ def report_data(model: Any, parts: ReportParts) -> dict[str, Any]:
         "text": parts.text,
         "settings": {
             "context": settings.context, "budget": settings.budget, "seed": settings.seed,
-            "confirmations": settings.confirmations, "rounds": settings.rounds,
+            "confirmations": settings.confirmations, "rounds": settings.rounds, "sampled": SAMPLED,
         },
         "summary": summary,
         "targets": targets(parts, summary),

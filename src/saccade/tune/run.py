@@ -10,13 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from saccade.models.passkey import Passkey, passkey_likelihoods, passkey_prompts
-from saccade.models.tasks import check_head, language_score, text_windows
+from saccade.models.passkey import Passkey, PasskeyLikelihood, passkey_likelihoods, passkey_prompts
+from saccade.models.tasks import check_head, text_windows
 from saccade.plug import Recipe, apply, attention_layers, fingerprint, patchable_layers
 from saccade.report import require_packages, write_report
 from saccade.tune.calibrate import Calibration, score_model
 from saccade.tune.candidates import DENSE, Candidate, dense_candidate, every_other, find_candidates
-from saccade.tune.confirm import Retrieval, Search, Trial, make_choices, make_recipe, rise_of
+from saccade.tune.confirm import Retrieval, Search, Trial, make_choices, make_recipe
 from saccade.tune.crossover import crossover_lengths
 from saccade.tune.heldout import ARMS, Runner, measure_passkeys, measure_window
 from saccade.tune.pictures import draw_examples, pick_heads
@@ -138,8 +138,8 @@ def tune(
     scores = job.score()
     candidates = [dense_candidate(str(model.device)), *plan.candidates]
     choices = make_choices(candidates, scores)
-    assignment, trials, kept = job.search(choices, candidates, list(scores))
-    crossings = job.crossovers(assignment, candidates)
+    crossings = job.crossovers()
+    assignment, trials, kept = job.search(choices, candidates, list(scores), crossings)
     about = {"context": context, "budget": budget, "seed": seed, "made_by": "saccade tune"}
     recipe = make_recipe(model, list(scores), assignment, candidates, about, crossings)
     rounds, splits, keys = job.measure(recipe)
@@ -170,6 +170,7 @@ class _Job:
         self.settings = plan.settings
         self.state = state
         self.progress = progress
+        self.exact = Recipe.uniform(model, DENSE, dense_candidate(str(model.device)).settings)
 
     def score(self) -> dict[str, list[CandidateScore]]:
         """Scores of every layer, dense attention first."""
@@ -191,7 +192,7 @@ class _Job:
             if len(done) < len(layers):
                 prompt = self._keys(((self.settings.context - 8, 0.4),), self.texts.calibration)[0]
                 calibration = Calibration.from_passkey(prompt, self.tokenizer)
-                score_model(self.model, calibration, list(self.plan.candidates), known, found)
+                score_model(self.model, calibration, list(self.plan.candidates), known, found, self.exact)
         return {layer: known(layer) or [] for layer in layers}
 
     def _keys(self, questions: Iterable[tuple[int, float]], haystack: str, offset: int = 0) -> list[Passkey]:
@@ -203,37 +204,32 @@ class _Job:
         ]
 
     def search(
-        self, choices: Choices, candidates: list[Candidate], layers: list[str]
+        self, choices: Choices, candidates: list[Candidate], layers: list[str], min_tokens: dict[str, int]
     ) -> tuple[Assignment, list[Trial], Trial | None]:
         """The fastest assignment that holds on calibration text, every one tried, and the one it is (None: dense)."""
-        windows = text_windows(self.texts.calibration_ids, self.settings.context, 1)
         prompts = self._keys(self.settings.trial_questions, self.texts.calibration, CONFIRM_SEED)
-        exact = Recipe.uniform(self.model, DENSE, candidates[0].settings)
 
         def recipe_of(assignment: Assignment) -> Recipe:
-            return make_recipe(self.model, layers, assignment, candidates, {})
+            return make_recipe(self.model, layers, assignment, candidates, {}, min_tokens)
 
-        def dense_nll() -> float:
-            with apply(self.model, exact):
-                return language_score(self.model, windows).nll
-
-        def measure(assignment: Assignment) -> float:
-            return self._kept(
-                "rise", _name(assignment), lambda: rise_of(self.model, recipe_of(assignment), windows, nll)
-            )
-
-        def ask(name: str, recipe: Recipe) -> list[tuple[float, bool]]:
+        def ask(name: str, recipe: Recipe, length: int) -> list[PasskeyLikelihood]:
+            some = [prompt for prompt in prompts if prompt.length == length]
+            whole = length == self.settings.context
+            make = partial(passkey_likelihoods, self.model, self.tokenizer, some, score_text=whole)
             with apply(self.model, recipe):
-                return self._kept("keys", name, lambda: passkey_likelihoods(self.model, self.tokenizer, prompts))
+                return [PasskeyLikelihood(*row) for row in self._kept("keys", f"{length} {name}", make)]
 
         def retrieve(assignment: Assignment) -> Retrieval:
-            dense, mine = ask("dense", exact), ask(_name(assignment), recipe_of(assignment))
-            return Retrieval([prompt.length for prompt in prompts], mine, dense)
+            name, recipe = _name(assignment), recipe_of(assignment)
+            answers = Retrieval([], [], [])
+            for length in dict.fromkeys(prompt.length for prompt in prompts):  # the shortest first, which cost least
+                answers = answers.join(length, ask(name, recipe, length), ask("dense", self.exact, length))
+                if not answers.holds:
+                    break
+            return answers
 
-        with self.progress.stage("search and confirm", self.settings.confirmations + 1):
-            nll = self._kept("rise", "dense", dense_nll)
-            self.progress.step("dense perplexity")
-            search = Search(choices, self.settings.budget, measure, retrieve)
+        with self.progress.stage("search and confirm", self.settings.confirmations):
+            search = Search(choices, self.settings.budget, retrieve)
             best = search.run(self.settings.confirmations, self.progress.step)
         return best, search.trials, search.kept
 
@@ -245,13 +241,11 @@ class _Job:
             self.state.put(stage, key, value)
         return value
 
-    def crossovers(self, assignment: Assignment, candidates: list[Candidate]) -> dict[str, int]:
-        """For each candidate in use, the length below which dense attention is faster."""
-        used = [candidates[number] for number in sorted(set(assignment.chosen.flatten().tolist())) if number]
-        ids = self.texts.calibration_ids[: self.settings.context]
-        return self._kept(
-            "crossover", _name(assignment), lambda: crossover_lengths(self.model, ids, used, self.settings.context)
-        )
+    def crossovers(self) -> dict[str, int]:
+        """For each candidate the length below which dense attention is faster."""
+        ids, candidates = self.texts.calibration_ids[: self.settings.context], list(self.plan.candidates)
+        make = partial(crossover_lengths, self.model, ids, candidates, self.settings.context, self.exact)
+        return self._kept("crossover", "all", make)
 
     def measure(self, recipe: Recipe) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, list[bool]]]:
         """Held-out rounds, time splits and pass keys of both arms."""
@@ -267,9 +261,7 @@ class _Job:
                 self.progress.step(f"time split, {name}")
             rounds = []
             for number, window in enumerate(windows):
-                row = self._kept(
-                    "rounds", f"{number}{recipe_key}", lambda w=window, n=number: measure_window(runner, w, n)
-                )
+                row = self._kept("rounds", f"{number}{recipe_key}", partial(measure_window, runner, window, number))
                 rounds.append(row)
                 times = " and ".join(f"{row[name]['prefill']:.1f} s {name}" for name in ARMS)
                 self.progress.step(f"round {number + 1}: prefill {times}")
@@ -286,11 +278,10 @@ class _Job:
 
     def examples(self, recipe: Recipe) -> list[dict[str, Any]]:
         """Pictures of some heads on held-out text."""
-        ids = self.texts.heldout_ids[: self.settings.context]
+        ids = self.texts.heldout_ids[: self.settings.picture]
         with self.progress.stage("pictures and report", 1):
-            pictures: list[dict[str, Any]] = self._kept(
-                "examples", recipe.to_json(), lambda: draw_examples(self.model, ids, pick_heads(recipe))
-            )
+            make = partial(draw_examples, self.model, ids, pick_heads(recipe), self.exact)
+            pictures: list[dict[str, Any]] = self._kept("examples", recipe.to_json(), make)
             self.progress.step()
         return pictures
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from saccade.ops import attend, block_attend, gather_attend
 from saccade.tune.candidates import DENSE, Candidate
 from saccade.types import BlockLayout, Boxes, Geometry, TokenIndex
+from saccade.types.layout_algebra import take_query_blocks
 
 T = TypeVar("T")
 
 FOCUS_SHARE = 0.5
 """Weight of the answer to a retrieval question against all other tokens of the calibration text."""
+
+SAMPLED, SAMPLE_TOKENS = 4, 128
+"""A candidate attends with one of `SAMPLED` stretches of at least `SAMPLE_TOKENS` queries, and its time is scaled up:
+a damage is an average over queries, and so many tell it."""
 
 PROBED, SLOWER = 2, 1.2
 """A candidate slower than this many times dense attention in all of the first layers is not scored in the others."""
@@ -113,9 +120,34 @@ def _score(inputs: LayerInputs, candidate: Candidate, dense: Tensor, repeats: in
     mechanism, geometry = candidate.build(), Geometry(causal=True)
     chosen, select = _timed(lambda: mechanism.pattern(inputs.q, inputs.k, geometry), repeats)
     engine: Any = block_attend if isinstance(chosen, BlockLayout) else gather_attend
-    out, seconds = _timed(lambda: engine(*_qkv(inputs), chosen, scale=inputs.scale), repeats)
-    errors, damage = compare_outputs(out, dense, inputs)
-    return CandidateScore(select + seconds, select, _densities(chosen, inputs.q.shape[1]), errors, damage)
+    part, tokens, work = sample(chosen)
+    some = replace(
+        inputs, q=inputs.q[:, :, tokens], focus=inputs.focus[tokens],
+        residual=None if inputs.residual is None else inputs.residual[tokens],
+    )  # fmt: skip
+    out, seconds = _timed(lambda: engine(*_qkv(some), part, scale=inputs.scale), repeats)
+    errors, damage = compare_outputs(out, dense[:, :, tokens], some)
+    return CandidateScore(select + work * seconds, select, _densities(chosen, inputs.q.shape[1]), errors, damage)
+
+
+def sample(chosen: BlockLayout | TokenIndex | Boxes) -> tuple[BlockLayout | TokenIndex | Boxes, Tensor | slice, float]:
+    """A part of the queries of a pattern: every fourth stretch of them, the last one, which is asked, included.
+
+    Args:
+        chosen: The pattern of all queries. Only a layout of blocks can be cut; others are taken whole.
+
+    Returns:
+        The pattern of the part, the queries that are in it, and how many times its work the whole one is.
+    """
+    if not isinstance(chosen, BlockLayout):
+        return chosen, slice(None), 1.0
+    height = chosen.block[0]
+    stretch = math.lcm(SAMPLE_TOKENS, height) // height
+    place = torch.arange(chosen.query_blocks, device=chosen.device) // stretch
+    blocks = ((place[-1] - place) % SAMPLED == 0).nonzero()[:, 0]
+    part = take_query_blocks(chosen, blocks)
+    tokens = (blocks[:, None] * height + torch.arange(height, device=chosen.device)).flatten()
+    return part, tokens[tokens < chosen.queries], len(chosen.indices) / max(len(part.indices), 1)
 
 
 def _densities(chosen: BlockLayout | TokenIndex | Boxes, heads: int) -> list[float]:

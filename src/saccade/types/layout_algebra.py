@@ -95,6 +95,27 @@ def expand(layout: BlockLayout, batch: int, heads: int) -> BlockLayout:
     groups = layout.batch * layout.heads
     rows = torch.arange(groups * layout.query_blocks, device=layout.device)
     rows = rows.view(layout.batch, layout.heads, -1).expand(batch, heads, -1).flatten()
+    return _take_rows(layout, rows, batch=batch, heads=heads)
+
+
+def take_query_blocks(layout: BlockLayout, blocks: Tensor) -> BlockLayout:
+    """The pattern of some query blocks alone, as if no other queries were there: those of the blocks, in that order.
+
+    Args:
+        layout: The pattern of all queries.
+        blocks: int64 `[n]`, ascending, so that a last block that is not full stays last.
+
+    Returns:
+        The layout of the queries of these blocks and all keys.
+    """
+    rows = torch.arange(layout.batch * layout.heads, device=layout.device)[:, None] * layout.query_blocks + blocks
+    last = layout.query_blocks - 1
+    missing = layout.query_blocks * layout.block[0] - layout.queries if last in blocks else 0
+    return _take_rows(layout, rows.flatten(), queries=len(blocks) * layout.block[0] - missing)
+
+
+def _take_rows(layout: BlockLayout, rows: Tensor, **sizes: int) -> BlockLayout:
+    """A layout of these rows of another, with these new sizes."""
     counts = layout.indptr.diff()[rows]
     entries = ranges(layout.indptr[rows], counts)
     return replace(
@@ -102,8 +123,7 @@ def expand(layout: BlockLayout, batch: int, heads: int) -> BlockLayout:
         indptr=indptr_from_counts(counts),
         indices=layout.indices[entries],
         kinds=layout.kinds[entries],
-        batch=batch,
-        heads=heads,
+        **sizes,  # type: ignore[arg-type]
     )
 
 
