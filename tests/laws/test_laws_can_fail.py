@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from saccade.catalog import Card
 from saccade.catalog import card as registry
+from saccade.catalog.card import EFFECTS
 from saccade.laws import LAWS, processes, run_law
 from saccade.laws.suite import FORMS
 from saccade.mechanisms.base import ALL_PATTERNS, Intervention, Layer, Mixer, Probe, Reduced, Reducer, Score, Selector
-from saccade.mechanisms.cache.base import CachePolicy
+from saccade.mechanisms.cache.base import CachePolicy, best
 from saccade.mechanisms.cache.h2o import H2O
 from saccade.mechanisms.cache.store import KVStore
 from saccade.mechanisms.diffusion.base import OutputReuse
@@ -240,8 +241,7 @@ class Halves(Reducer):
 
 
 class KeepsAll(CachePolicy):
-    def keep(self, store: KVStore) -> Tensor | None:
-        return None
+    pass
 
 
 class ReadsTheFuture(KeepsAll):
@@ -251,15 +251,13 @@ class ReadsTheFuture(KeepsAll):
 
 
 class KeepsAtRandom(CachePolicy):
-    def keep(self, store: KVStore) -> Tensor | None:
-        chosen = torch.rand(store.keys.shape[:3]).argsort(-1)[..., :8]
-        return chosen.sort(-1).values
+    def keep(self, q: Tensor, store: KVStore, step: Any) -> Tensor | None:
+        return best(torch.rand(store.positions.shape), 8)
 
 
 class KeepsByBatch(CachePolicy):
-    def keep(self, store: KVStore) -> Tensor | None:
-        norms = store.keys.norm(dim=-1).sum(0, keepdim=True).expand(store.keys.shape[:3])
-        return norms.topk(min(8, len(store)), -1).indices.sort(-1).values
+    def keep(self, q: Tensor, store: KVStore, step: Any) -> Tensor | None:
+        return best(store.keys.norm(dim=-1).sum(0, keepdim=True).expand(store.positions.shape), 8)
 
 
 class CountsChunks(Probe):
@@ -321,7 +319,9 @@ class Squares(Batchy):
         return out[: 2**20] if bool(x.device.type == "meta") else out
 
 
-CACHE = {"patterns": CAUSAL, "supports": frozenset({"gqa"}), "complexity": "N"}
+CACHE = {
+    "patterns": CAUSAL, "supports": frozenset({"gqa"}), "complexity": "N", "effects": frozenset({"evicting"})
+}  # fmt: skip
 SMALL, LARGE = {"heavy": 4, "recent": 4}, {"heavy": 32, "recent": 32}
 FULL = {"exact_when": "always", "exact": lambda n: {}}
 LAYER = {"patterns": CAUSAL, "supports": frozenset({"backward", "streaming"}), "complexity": "N"}
@@ -347,7 +347,10 @@ OTHERS = [
     (6, H2O, Kind.CACHE_POLICY, {**CACHE, "ladder": lambda n: (LARGE, SMALL)}, "error grows"),
     (7, KeepsByBatch, Kind.CACHE_POLICY, CACHE, "a sequence alone"),
     (12, KeepsAtRandom, Kind.CACHE_POLICY, CACHE, "two runs"),
-    (13, KeepsAll, Kind.CACHE_POLICY, CACHE, "where dense attention takes"),
+    *[
+        (13, KeepsAll, Kind.CACHE_POLICY, {**CACHE, "effects": frozenset({effect})}, "of what dense attention takes")
+        for effect in EFFECTS
+    ],
     (13, KeepsAll, Kind.CACHE_POLICY, {**CACHE, "complexity": "1"}, "work grows"),
     (5, CountsChunks, Kind.PROBE, {}, "in chunks of about"),
     (10, CountsChunks, Kind.PROBE, {}, "nothing observed: ran without an error"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saccade.mechanisms.cache.base import CachedAttention
+from saccade.mechanisms.cache.attention import CachedAttention
 from saccade.mechanisms.cache.h2o import H2O
 
 pytestmark = pytest.mark.quick
@@ -69,10 +69,11 @@ def test_matches_the_oracle(heads: int, groups: int, chunks: list[int], heavy: i
     parts = zip(q.split(chunks, 2), k.split(chunks, 2), v.split(chunks, 2), strict=True)
     out = torch.cat([layer(*part) for part in parts], 2)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+    layer.kept.sort()
     for b, g, places, scores in kept:
         assert layer.kept.positions[b, g].tolist() == places
         expected_scores = torch.tensor([scores[j] for j in places], dtype=torch.float64)
-        torch.testing.assert_close(layer.kept.attention[b, g], expected_scores, rtol=0, atol=1e-10)
+        torch.testing.assert_close(layer.kept.stat("attention")[b, g], expected_scores, rtol=0, atol=1e-10)
         assert torch.equal(layer.kept.keys[b, g], k[b, g, places])
 
 
@@ -86,8 +87,9 @@ def test_by_hand() -> None:
     layer = CachedAttention(H2O(heavy=1, recent=2))
     out = layer(q, k, v)
     assert out.flatten().tolist() == [0.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    layer.kept.sort()
     assert layer.kept.positions.flatten().tolist() == [1, 4, 5]
-    assert layer.kept.attention.flatten().tolist() == [5.0, 0.0, 0.0]
+    assert layer.kept.stat("attention").flatten().tolist() == [5.0, 0.0, 0.0]
 
 
 def test_at_full_budget_dense_in_any_chunks() -> None:
@@ -102,15 +104,18 @@ def test_at_full_budget_dense_in_any_chunks() -> None:
 
 
 def test_memory_is_freed_and_stays_bounded() -> None:
-    q, k, v = inputs(1, 2, 2, 30)
+    q, k, v = inputs(1, 2, 2, 130)
     layer = CachedAttention(H2O(heavy=3, recent=2))
-    layer(q[:, :, :20], k[:, :, :20], v[:, :, :20])
-    one = 2 * (8 + 5 + 1 + 1) * 8
-    assert layer.nbytes == 5 * one
-    assert layer.kept.keys.untyped_storage().nbytes() == 5 * 2 * 8 * 8
-    for i in range(20, 30):
+    page = 64 * (8 + 5 + 1) * 8 + 64 * 4
+    layer.kept.append(k, v)
+    assert layer.nbytes == 3 * 2 * page
+    layer.reset()
+    layer(q[:, :, :120], k[:, :, :120], v[:, :, :120])
+    assert layer.nbytes == 2 * page
+    for i in range(120, 130):
         layer(q[:, :, i : i + 1], k[:, :, i : i + 1], v[:, :, i : i + 1])
-        assert layer.nbytes == 5 * one
+        assert layer.nbytes == 2 * page
+        assert layer.kept.lengths.tolist() == [[5, 5]]
         assert layer.bytes_read == 6 * 2 * 13 * 8
 
 

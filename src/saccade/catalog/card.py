@@ -29,6 +29,13 @@ ROOMS = (
     "steer", "diffusion", "adapt", "parallel", "probe",
 )  # fmt: skip
 
+EFFECTS = {
+    "evicting": "fewer bytes of the cache are held",
+    "selecting": "fewer bytes of the cache are read in a step",
+    "packing": "a token is stored in fewer bytes",
+}
+"""What a cache policy may save; law 13 measures each that a card claims."""
+
 Settings = Mapping[str, Any]
 T = TypeVar("T", bound=type)
 
@@ -57,6 +64,7 @@ class Card:
         heads_share: The query heads of a key/value head choose together, so that GQA differs from repeated heads.
         prefill_only: In words, how a choice for earlier tokens depends on later ones; "" if it does not. Such a
             mechanism takes whole prompts (as many queries as keys), keeps neither law 4 nor law 5, and is not tuned.
+        effects: Keys of `EFFECTS`: what a cache policy saves.
         example: Settings that fit a small problem; the laws build the mechanism from them.
         exact: `N -> settings` at which it equals dense attention on N tokens, or None.
         ladder: `N -> settings, ...` from the least to the most computed: what `tune` tries and what law 6 climbs.
@@ -80,6 +88,7 @@ class Card:
     heads_differ: bool = False
     heads_share: bool = False
     prefill_only: str = ""
+    effects: frozenset[str] = frozenset()
     example: Settings = field(default_factory=dict)
     exact: Callable[[int], Settings] | None = None
     ladder: Callable[[int], tuple[Settings, ...]] | None = None
@@ -147,6 +156,8 @@ def _check(card: Card) -> None:
     for capability in card.supports:
         if capability not in CAPABILITIES:
             raise ValueError(f"{card.name}: supports={capability!r}: expected one of {sorted(CAPABILITIES)}")
+    if card.effects - set(EFFECTS) or bool(card.effects) != (card.kind is Kind.CACHE_POLICY):
+        raise ValueError(f"{card.name}: effects={sorted(card.effects)}: expected, of a cache policy, {list(EFFECTS)}")
     if card.prefill_only and "streaming" in card.supports:
         raise ValueError(f"{card.name}: supports='streaming': expected no such claim, it is for prefill only")
     if card.exact is not None and not card.exact_when:

@@ -1,9 +1,8 @@
-"""Cache policies: what is kept of keys and values (`keep`), what a step reads of it (`read`), and how (`store`)."""
+"""Cache policies: what is kept of keys and values (`keep`), what a step reads of it (`read`), and how it is stored."""
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
+from abc import ABC
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +11,8 @@ from torch import Tensor
 
 from saccade.catalog import Card
 from saccade.mechanisms.base import require
+from saccade.mechanisms.cache.reading import attend_stored
+from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.store import KVStore
 from saccade.ops import attend, block_attend, gather_attend
 from saccade.ops.checks import accumulation_dtype, check_qkv, resolve_scale
@@ -20,43 +21,129 @@ from saccade.types import AttentionOutput, BlockLayout, TokenIndex
 SCORE_ELEMENTS = 2**22
 """Most scores that `received_attention` holds at once."""
 
+Choice = TokenIndex | BlockLayout | None
+"""Slots that queries attend to; None = all, causal."""
+
 
 @dataclass
 class Step:
-    """What the layers of one model share while one call passes through them, from the first to the last.
+    """What a policy may know about a call beside queries and store. One for all layers of a model.
 
     Args:
-        layer: The layer that is running.
-        picked: Slots that an earlier layer of this call chose for the later ones, `[B, H, M, K]`, or None.
+        layer: The layer that is running, from 0.
+        scale: Factor on q k^T in this call; None means D^-0.5.
+        lse: Log-sum-exp of the rows of this call, `[B, H, M]`; None for a policy without `needs_lse`.
+        picked: Left by an earlier layer of this call for the later ones.
     """
 
     layer: int = 0
-    picked: TokenIndex | None = None
+    scale: float | None = None
+    lse: Tensor | None = None
+    picked: Any = None
 
 
 class CachePolicy(ABC):
     """*Cache*: governs a `KVStore`. A frozen dataclass without state of its own; one policy serves all layers.
 
-    One call appends the new tokens, attends over what `read` selects, and then evicts what `keep` leaves out, so a new
-    token is always attended to once before it can be evicted. See `decode_step`.
+    One call appends the new tokens, attends over what `read` chooses, and then evicts what `keep` leaves out: a new
+    token is attended to once before it can be evicted. Each of the three axes has a default that saves nothing.
+
+    Attributes:
+        stats: Names of numbers that the store keeps for each token (`KVStore.stat`).
+        needs_lse: Whether `keep` needs `step.lse`, and with it calls whose attention was dense.
     """
 
     card: ClassVar[Card]
+    stats: ClassVar[tuple[str, ...]] = ()
+    needs_lse: ClassVar[bool] = False
 
-    def store(self) -> KVStore:
-        """An empty store of the form this policy needs."""
-        return KVStore()
+    def storage(self) -> Storage:
+        """*store*: how keys and values lie in memory."""
+        return Storage()
 
-    def read(self, q: Tensor, store: KVStore, step: Step) -> TokenIndex | BlockLayout | None:  # noqa: ARG002
-        """Slots that `q` `[B, H, M, D]`, the queries of the last M slots, attends to; nothing is lost.
+    def read(self, q: Tensor, store: KVStore, step: Step) -> Choice:  # noqa: ARG002
+        """*read*: slots that `q` `[B, H, M, D]`, the queries of the last M slots, attends to; nothing is lost.
 
-        Must hide the future itself. `step` carries choices from layer to layer. None = all, causal.
+        Must hide the future itself.
         """
         return None
 
-    @abstractmethod
-    def keep(self, store: KVStore) -> Tensor | None:
-        """Slots to keep, int64 `[B, G, m]` ascending; the others are gone for good. None = all."""
+    def keep(self, q: Tensor, store: KVStore, step: Step) -> Tensor | None:  # noqa: ARG002
+        """*keep*: slots to keep, bool `[B, G, n]`, as many per head as it likes; the others are gone. None = all."""
+        return None
+
+    def store(self) -> KVStore:
+        """An empty store of the form this policy needs."""
+        return KVStore(self.storage(), self.stats)
+
+
+@dataclass(frozen=True)
+class Everything(CachePolicy):
+    """Keeps and reads everything; what it saves is what `form` saves.
+
+    Args:
+        form: How keys and values are stored.
+    """
+
+    form: Storage = Storage()  # noqa: RUF009  frozen
+
+    def storage(self) -> Storage:
+        """As given."""
+        return self.form
+
+
+@dataclass(frozen=True)
+class Composed(CachePolicy):
+    """Each axis from another policy; see `compose`."""
+
+    keeper: CachePolicy
+    reader: CachePolicy
+    storer: CachePolicy
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stats", tuple(dict.fromkeys(self.keeper.stats + self.reader.stats)))
+        object.__setattr__(self, "needs_lse", self.keeper.needs_lse)
+
+    def storage(self) -> Storage:
+        """Of `storer`."""
+        return self.storer.storage()
+
+    def read(self, q: Tensor, store: KVStore, step: Step) -> Choice:
+        """Of `reader`."""
+        return self.reader.read(q, store, step)
+
+    def keep(self, q: Tensor, store: KVStore, step: Step) -> Tensor | None:
+        """Of `keeper`."""
+        return self.keeper.keep(q, store, step)
+
+
+def compose(
+    keep: CachePolicy | None = None, read: CachePolicy | None = None, store: CachePolicy | Storage | None = None
+) -> CachePolicy:
+    """One policy of up to three: `compose(keep=SinkRecent(recent=508), store=Storage(bits=8))`.
+
+    Args:
+        keep: Says what is evicted; None for nothing.
+        read: Says what a step reads; None for everything.
+        store: Says how it is stored; None for floating point as it comes.
+
+    Returns:
+        The policy.
+
+    Raises:
+        ValueError: If an argument is of another kind, or `keep` needs the attention of all that `read` leaves out.
+    """
+    store = Everything(store) if isinstance(store, Storage) else store
+    for name, policy in (("keep", keep), ("read", read), ("store", store)):
+        require(policy is None or isinstance(policy, CachePolicy), name, policy, "a CachePolicy, or None")
+    parts = [Everything() if policy is None else policy for policy in (keep, read, store)]
+    _refuse_partial_attention(parts[0], read is not None and type(read).read is not CachePolicy.read)
+    return Composed(*parts)
+
+
+def _refuse_partial_attention(policy: CachePolicy, selects: bool) -> None:
+    if policy.needs_lse and selects:
+        raise ValueError(f"{policy!r}: needs the attention of all that is kept, expected no policy that reads less")
 
 
 def decode_step(
@@ -67,10 +154,11 @@ def decode_step(
     v: Tensor,
     scale: float | None = None,
     *,
+    present: Tensor | None = None,
     step: Step | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, int]:
-    """Prefill, a chunk of it, or one decoded token: append, attend causally, account, evict.
+    """Prefill, a chunk of it, or one decoded token: append, attend causally, evict.
 
     Args:
         policy: What is read and kept.
@@ -79,124 +167,104 @@ def decode_step(
         k: `[B, G, M, D]`, their keys, with positions already mixed in.
         v: `[B, G, M, E]`, their values.
         scale: Factor on q k^T; None means D^-0.5.
+        present: Bool `[B, M]`, which are tokens rather than padding on the left; None for all.
         step: What the layers share; None for a layer on its own.
         impl: Implementation of the engine.
 
     Returns:
-        Output `[B, H, M, E]`, and the bytes of stored keys and values the attention read (each query head's list
-        counted once; scores computed only to select are not counted).
+        Output `[B, H, M, E]`, 0 for padding, and the bytes of stored keys and values the attention read (each query
+        head's list counted once; scores computed only to choose are not counted).
 
     Raises:
         ValueError: If shapes do not fit each other or the store, or q and k have different numbers of tokens.
     """
     check_qkv(q, k, v)
     require(q.shape[2] == k.shape[2], "q", tuple(q.shape), f"as many tokens as k, {k.shape[2]}")
-    keys, values = store.append(k, v)
-    chosen = policy.read(q.detach(), store, Step() if step is None else step)
-    if chosen is not None and store.track_attention:
-        raise ValueError(f"{policy!r}: read selects and attention is tracked, expected at most one of the two")
-    result = _attend(q, keys, values, chosen, return_lse=store.track_attention, scale=scale, impl=impl)
-    slots_read = _slots_read(chosen, q, keys)
-    if isinstance(result, AttentionOutput):
-        out, lse = result
-        store.add_attention(received_attention(q, keys, lse, scale))  # type: ignore[arg-type]
+    step = Step() if step is None else step
+    step.scale, first = scale, store.empty
+    store.append(k, v, present)
+    chosen = policy.read(q.detach(), store, step)
+    _refuse_partial_attention(policy, chosen is not None)
+    if chosen is None and first:
+        segments = None if present is None else present.to(torch.int32) - 1
+        out, step.lse = attend(
+            q, k, v, causal=True, q_segments=segments, kv_segments=segments, scale=scale, return_lse=True, impl=impl
+        )  # fmt: skip
     else:
-        out = result
-    kept = policy.keep(store)
+        out, step.lse = attend_chosen(q, store, chosen, scale=scale, impl=impl)
+    bytes_read = slots_read(chosen, q, store) * store.slot_nbytes
+    evict_after(policy, q.detach(), store, step)
+    return out, bytes_read
+
+
+def attend_chosen(q: Tensor, store: KVStore, chosen: Choice, **options: Any) -> AttentionOutput:
+    """Attention of the last M slots' queries over what `CachePolicy.read` chose; one query reads in place."""
+    if chosen is None:
+        return attend_stored(q, store, **options)
+    if isinstance(chosen, TokenIndex) and chosen.queries == 1:
+        lists = max(chosen.indices.shape[1], store.lengths.shape[1])
+        return attend_stored(q, store, chosen.indices[:, :, 0].expand(q.shape[0], lists, -1), **options)
+    require(bool((store.lengths == len(store)).all()), "lengths", store.lengths.tolist(), "one length for this choice")
+    engine: Any = block_attend if isinstance(chosen, BlockLayout) else gather_attend
+    result: AttentionOutput = engine(q, store.keys, store.values, chosen, return_lse=True, **options)
+    return result
+
+
+def evict_after(policy: CachePolicy, q: Tensor, store: KVStore, step: Step) -> None:
+    """What `keep` says, after a call's attention."""
+    kept = policy.keep(q, store, step)
     if kept is not None:
         store.evict(kept)
-    return out, slots_read * store.slot_nbytes
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, chosen: TokenIndex | BlockLayout | None, **options: Any) -> Any:
-    """The engine for what was chosen."""
+def slots_read(chosen: Choice, q: Tensor, store: KVStore) -> int:
+    """Slots that the engine reads, over all batch entries and heads."""
     if chosen is None:
-        return attend(q, k, v, causal=True, **options)
-    engine: Any = block_attend if isinstance(chosen, BlockLayout) else gather_attend
-    return engine(q, k, v, chosen, **options)
-
-
-def _slots_read(chosen: TokenIndex | BlockLayout | None, q: Tensor, keys: Tensor) -> int:
-    """Slots that the engine gathers, over all batch entries and heads."""
-    if chosen is None:
-        return math.prod(keys.shape[:3])
+        return int(store.lengths.sum())
     lists = q.shape[0] * q.shape[1]
     if isinstance(chosen, BlockLayout):
         return len(chosen.indices) * chosen.block[1] * lists // (chosen.batch * chosen.heads)
     return int((chosen.indices >= 0).sum()) * lists // (chosen.indices.shape[0] * chosen.indices.shape[1])
 
 
+def best(scores: Tensor, count: int) -> Tensor:
+    """The `count` highest of each head, bool `[B, G, n]`; ties go to the earlier slot, -inf is never among them."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, value=True)
+    return chosen & (scores > -torch.inf)
+
+
 @torch.no_grad()
-def received_attention(q: Tensor, k: Tensor, lse: Tensor, scale: float | None = None) -> Tensor:
-    """Softmax attention that each key receives, summed over all queries and the query heads that share it.
+def received_attention(q: Tensor, store: KVStore, step: Step) -> Tensor:
+    """Softmax attention that each slot receives, summed over all queries of a call and the query heads that share it.
 
     Args:
-        q: `[B, H, M, D]`.
-        k: `[B, G, n, D]`; causal, the queries are those of the last M keys.
-        lse: Log-sum-exp `[B, H, M]` of the rows.
-        scale: Factor on q k^T; None means D^-0.5.
+        q: `[B, H, M, D]`, the queries of the last M slots.
+        store: With these slots.
+        step: With the rows' `lse`.
 
     Returns:
         `[B, G, n]` in fp32 (fp64 for fp64), computed in bounded chunks of queries.
+
+    Raises:
+        ValueError: If there is no `lse`.
     """
+    if step.lse is None:
+        raise ValueError("step.lse=None: expected the log-sum-exp of dense attention")
     batch, heads, queries, dim = q.shape
-    groups, slots = k.shape[1], k.shape[2]
-    dtype = accumulation_dtype(q.dtype)
-    wide = q.view(batch, groups, heads // groups, queries, dim).to(dtype) * resolve_scale(scale, dim)
-    rows = lse.view(batch, groups, heads // groups, queries, 1).to(dtype)
-    keys = k.to(dtype)[:, :, None].transpose(-1, -2)
+    keys, slots = store.keys, len(store)
+    groups, dtype = keys.shape[1], accumulation_dtype(q.dtype)
+    wide = q.reshape(batch, groups, heads // groups, queries, dim).to(dtype) * resolve_scale(step.scale, dim)
+    rows = step.lse.view(batch, groups, heads // groups, queries, 1).to(dtype)
+    rows = rows.masked_fill(rows == -torch.inf, torch.inf)  # a row that sees nothing gives nothing
+    keys = keys.to(dtype)[:, :, None].transpose(-1, -2)
     slot = torch.arange(slots, device=q.device)
+    place = torch.arange(queries, device=q.device) + store.lengths[..., None] - queries
     total = torch.zeros(batch, groups, slots, dtype=dtype, device=q.device)
     size = max(1, SCORE_ELEMENTS // max(1, batch * heads * slots))
     for start in range(0, queries, size):
         stop = min(start + size, queries)
         weights = torch.exp(wide[..., start:stop, :] @ keys - rows[..., start:stop, :])
-        last = torch.arange(start, stop, device=q.device)[:, None] + slots - queries
-        total += weights.masked_fill(slot > last, 0.0).sum((2, 3))
+        hidden = slot > place[:, :, None, start:stop, None]
+        total += weights.masked_fill(hidden, 0.0).sum((2, 3))
     return total
-
-
-class CachedAttention:
-    """One layer's attention with a governed cache: call it with the new tokens, whole, in chunks or one by one.
-
-    Args:
-        policy: What is kept and read.
-        layer: Which layer this is, from 0; only policies that share choices between layers care.
-        step: Shared with the other layers; see `stack`.
-
-    Attributes:
-        kept: The `KVStore`.
-        bytes_read: What the attention of the last call read, see `decode_step`.
-    """
-
-    def __init__(self, policy: CachePolicy, layer: int = 0, step: Step | None = None) -> None:
-        require(layer >= 0, "layer", layer, "at least 0")
-        self.policy = policy
-        self.layer = layer
-        self.step = Step() if step is None else step
-        self.reset()
-
-    @classmethod
-    def stack(cls, policy: CachePolicy, layers: int) -> list[CachedAttention]:
-        """One for each of a model's layers, sharing one `Step`; call them in order."""
-        step = Step()
-        return [cls(policy, layer, step) for layer in range(layers)]
-
-    def reset(self) -> None:
-        """Forget everything, for a new sequence."""
-        self.kept = self.policy.store()
-        self.bytes_read = 0
-        self.step.picked = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory the cache holds."""
-        return self.kept.nbytes
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl: str = "auto") -> Tensor:
-        """Attention of the new tokens over themselves and what is kept: `[B, H, M, E]`; see `decode_step`."""
-        if self.layer <= self.step.layer:
-            self.step.picked = None
-        self.step.layer = self.layer
-        out, self.bytes_read = decode_step(self.policy, self.kept, q, k, v, scale, step=self.step, impl=impl)
-        return out

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from saccade.catalog import register
 from saccade.mechanisms.base import require
-from saccade.mechanisms.cache.base import CachePolicy
+from saccade.mechanisms.cache.base import CachePolicy, Step, best, received_attention
 from saccade.mechanisms.cache.store import KVStore
 from saccade.types import Kind, Pattern
 
@@ -26,6 +27,7 @@ from saccade.types import Kind, Pattern
     training_free=True,
     exact_when="heavy + recent >= N",
     complexity="N",
+    effects=frozenset({"evicting"}),
     deviations=(
         (
             "Grouped-query attention, which the authors expand away, shares one list per key/value head: the attention "
@@ -58,23 +60,19 @@ class H2O(CachePolicy):
 
     heavy: int = 512
     recent: int = 512
+    stats: ClassVar[tuple[str, ...]] = ("attention",)
+    needs_lse: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(self.heavy >= 0, "heavy", self.heavy, "at least 0 tokens")
         require(self.recent >= 0, "recent", self.recent, "at least 0 tokens")
         require(self.heavy + self.recent >= 1, "heavy + recent", self.heavy + self.recent, "at least 1 token")
 
-    def store(self) -> KVStore:
-        """A store that sums up attention."""
-        return KVStore(track_attention=True)
-
-    def keep(self, store: KVStore) -> Tensor | None:
+    def keep(self, q: Tensor, store: KVStore, step: Step) -> Tensor | None:
         """Heavy hitters and recent tokens."""
-        slots = len(store)
-        if store.attention is None or slots <= self.heavy + self.recent:
+        received = store.stat("attention") + received_attention(q, store, step)
+        store.set_stat("attention", received)
+        if len(store) <= self.heavy + self.recent:
             return None
-        old = slots - self.recent
-        ranked = store.attention[..., :old].sort(dim=-1, descending=True, stable=True).indices
-        heavy = ranked[..., : self.heavy].sort(-1).values
-        recent = torch.arange(old, slots, device=heavy.device).expand(*heavy.shape[:2], self.recent)
-        return torch.cat([heavy, recent], -1)
+        recent = store.positions >= store.seen[:, None, None] - self.recent
+        return recent | best(received.masked_fill(recent | ~store.present, -torch.inf), self.heavy)

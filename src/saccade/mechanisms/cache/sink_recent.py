@@ -29,6 +29,7 @@ BLOCK = 64
     training_free=True,
     exact_when="recent >= N",
     complexity="N",
+    effects=frozenset({"evicting"}),
     deviations=(
         (
             "Keys are kept as they are given, with text positions. The paper numbers the kept tokens 0, 1, 2, ... "
@@ -71,11 +72,9 @@ class SinkRecent(CachePolicy):
         sinks = BlockLayout.tokens(queries, slots, key_tokens=first, block=BLOCK, device=q.device)
         return (window | sinks).within(Geometry(causal=True))
 
-    def keep(self, store: KVStore) -> Tensor | None:
-        """The first and the last slots."""
-        slots, last = len(store), self.recent - 1
-        if store.keys is None or slots <= self.sinks + last:
+    def keep(self, q: Tensor, store: KVStore, step: Step) -> Tensor | None:  # noqa: ARG002
+        """The first and the last tokens."""
+        if len(store) < self.sinks + self.recent:
             return None
-        device = store.keys.device
-        kept = torch.cat([torch.arange(self.sinks, device=device), torch.arange(slots - last, slots, device=device)])
-        return kept.expand(*store.keys.shape[:2], len(kept))
+        positions = store.positions
+        return (positions < self.sinks) | (positions > store.seen[:, None, None] - self.recent)

@@ -1,146 +1,294 @@
-"""KVStore: the keys and values one layer has kept, and what is known about each of them."""
+"""KVStore: the keys and values one layer has kept, ragged and in pages, and what is known about each of them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from saccade.mechanisms.cache.arena import Arena
+from saccade.mechanisms.cache.checks import check_slots, check_tokens
+from saccade.mechanisms.cache.pagetable import PageLayout, PageTable
+from saccade.mechanisms.cache.storage import Storage
 from saccade.ops.checks import accumulation_dtype
+from saccade.types import KVPages
+
+KEY, VALUE = (tuple(f"{name}{part}" for part in ("", "_scale", "_zero")) for name in ("key", "value"))
+"""Parts of a page that hold what `Storage.encode` makes of a key and of a value."""
 
 
 class KVStore:
-    """What one layer keeps of its past. Slots are in ascending order of position, so causality stays bottom-right.
+    """What one layer keeps of its past: each (batch entry, key/value head) holds its own number of tokens.
 
-    Every head holds the same number of slots, but each may hold other positions.
+    A token lies in a *slot*; a head has the slots 0 .. length - 1. Slots are in order of position until `evict` fills a
+    gap with the last token; `append` restores the order before it takes in several tokens at once. Tensors `[B, G, n]`
+    have a place for each slot of the longest head and hold filler past a head's length.
 
     Args:
-        track_attention: Also keep, per slot, the attention it has received (`attention`).
+        storage: How keys and values lie in memory; None for floating point as it comes.
+        stats: Names of numbers to keep for each token, from 0 on; see `stat`.
 
     Attributes:
-        keys: `[B, G, n, D]`, or None before the first `append`.
-        values: `[B, G, n, E]`, or None.
-        positions: int64 `[B, G, n]`, place in the sequence of the token in each slot, or None.
-        attention: `[B, G, n]` fp32 (fp64 for fp64 keys), or None unless tracked.
-        seen: Tokens ever appended; the next one has this position.
+        seen: int64 `[B]`, tokens of each sequence so far, kept or not; the next has this position.
+        ordered: Whether slots are in order of position.
+        changes: How often tokens were moved or removed, for policies that keep summaries of slots.
+        channels: What divides the channels of keys `[B, G, D]` and values `[B, G, E]`, or None; see
+            `Storage.normalise`.
+        dtype: Of the keys and values that come and go.
+        dims: D and E.
+        table: Where the tokens lie.
     """
 
-    def __init__(self, *, track_attention: bool = False) -> None:
-        self.track_attention = track_attention
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.positions: Tensor | None = None
-        self.attention: Tensor | None = None
-        self.seen = 0
+    def __init__(self, storage: Storage | None = None, stats: Sequence[str] = ()) -> None:
+        self.storage = Storage() if storage is None else storage
+        self.stats = tuple(stats)
+        self.seen = torch.zeros(0, dtype=torch.int64)
+        self.ordered = True
+        self.changes = 0
+        self.channels: tuple[Tensor, Tensor] | None = None
+        self.dtype = torch.float32
+        self.dims = (0, 0)
+        self.table = PageTable(Arena(0, torch.device("cpu")), PageLayout({}, self.storage.page), 0, 0)
 
     def __len__(self) -> int:
-        """Slots per head, n."""
-        return 0 if self.keys is None else self.keys.shape[2]
+        """Slots of the longest head, n."""
+        return self.table.longest
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was ever appended."""
+        return not self.table.layout.parts
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each head, int64 `[B, G]`."""
+        return self.table.lengths
+
+    @property
+    def complete(self) -> bool:
+        """Whether every token that was appended is still there."""
+        return bool((self.lengths == self.seen[:, None]).all())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory really held: the storages of all tensors, not only the parts in view."""
-        held = (self.keys, self.values, self.positions, self.attention)
-        return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
+        """Bytes of memory that the pages hold, with those of its forks."""
+        return self.table.arena.nbytes
 
     @property
     def slot_nbytes(self) -> int:
-        """Bytes of one key and its value, for one batch entry and head; 0 while empty."""
-        if self.keys is None or self.values is None:
-            return 0
-        return self.keys.shape[3] * self.keys.element_size() + self.values.shape[3] * self.values.element_size()
+        """Bytes of one key and its value as they are stored, scales included; 0 while empty."""
+        parts = self.table.layout.parts
+        return sum(parts[name].width * parts[name].dtype.itemsize for name in KEY + VALUE if name in parts)
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def present(self) -> Tensor:
+        """Bool `[B, G, n]`: which slots hold a token."""
+        return torch.arange(len(self), device=self.lengths.device) < self.lengths[..., None]
+
+    @property
+    def positions(self) -> Tensor:
+        """Place of each slot's token in its sequence, int64 `[B, G, n]`; -1 past a head's length."""
+        return self._part("position")[..., 0].to(torch.int64).masked_fill(~self.present, -1)
+
+    @property
+    def keys(self) -> Tensor:
+        """A copy of all keys in `dtype`, `[B, G, n, D]`; 0 past a head's length."""
+        return self._dense(0)
+
+    @property
+    def values(self) -> Tensor:
+        """A copy of all values in `dtype`, `[B, G, n, E]`; 0 past a head's length."""
+        return self._dense(1)
+
+    def stat(self, name: str) -> Tensor:
+        """A number that is kept for each token, `[B, G, n]` in fp32 (fp64 for fp64 keys); 0 past a head's length."""
+        return self._part(name)[..., 0].masked_fill(~self.present, 0.0)
+
+    def set_stat(self, name: str, numbers: Tensor) -> None:
+        """Replace the numbers of `stat` by `numbers` `[B, G, n]`."""
+        present = self.present
+        if name not in self.stats or self.empty:
+            raise ValueError(f"name={name!r}: expected one of stats={self.stats}, in a store with tokens")
+        check_slots("numbers", numbers, present, numbers.dtype)
+        slots = present.nonzero(as_tuple=True)
+        self.table.write(slots, {name: numbers[slots][:, None]})  # type: ignore[arg-type]
+
+    def append(self, k: Tensor, v: Tensor, present: Tensor | None = None) -> None:
         """Take in the next tokens, copied.
 
         Args:
-            k: `[B, G, m, D]`.
+            k: `[B, G, m, D]`, with positions mixed in.
             v: `[B, G, m, E]`.
-
-        Returns:
-            All keys and values now stored.
+            present: Bool `[B, m]`, which are tokens rather than padding; None for all.
 
         Raises:
             ValueError: If they do not fit each other or what is stored.
+            MemoryError: If there is no memory for them; the store is as before.
         """
-        self._check(k, v)
+        check_tokens(self, k, v, present)
+        k, v = k.detach(), v.detach()
         batch, heads, count, _ = k.shape
-        places = torch.arange(self.seen, self.seen + count, device=k.device).expand(batch, heads, count)
-        fresh = {"keys": k, "values": v, "positions": places}
-        if self.track_attention:
-            fresh["attention"] = torch.zeros(k.shape[:3], dtype=accumulation_dtype(k.dtype), device=k.device)
-        joined = {name: _joined(getattr(self, name), new) for name, new in fresh.items()}
-        for name, tensor in joined.items():
-            setattr(self, name, tensor)
-        self.seen += count
-        return joined["keys"], joined["values"]
-
-    def add_attention(self, received: Tensor) -> None:
-        """Add to `attention`.
-
-        Args:
-            received: `[B, G, n]`.
-
-        Raises:
-            ValueError: If attention is not tracked, or the shape is not that of the slots.
-        """
-        if self.attention is None:
-            raise ValueError(f"received: expected a store with track_attention=True and tokens, not {self!r}")
-        if received.shape != self.attention.shape:
-            raise ValueError(f"received of shape {tuple(received.shape)}: expected {tuple(self.attention.shape)}")
-        self.attention = self.attention + received.to(self.attention.dtype)
+        if self.empty:
+            self._start(k, v, present)
+        if count > 1:
+            self.sort()
+        order, added = torch.arange(count, device=k.device).expand(batch, count), torch.tensor(count, device=k.device)
+        if present is None:
+            entry, head, token = torch.meshgrid(*(torch.arange(n, device=k.device) for n in k.shape[:3]), indexing="ij")
+        else:
+            order, added = present.cumsum(1) - 1, present.sum(1)
+            entry, head, token = present[:, None].expand(batch, heads, count).nonzero(as_tuple=True)
+            k, v = k[entry, head, token], v[entry, head, token]
+        order = order[entry, token]
+        slots = entry, head, self.lengths[entry, head] + order
+        self.table.resize(self.lengths + added[..., None])
+        new = self._encoded(0, k, entry, head) | self._encoded(1, v, entry, head)
+        new["position"] = (self.seen[entry] + order)[..., None]
+        new |= {name: k.new_zeros(1) for name in self.stats}
+        self.table.write(slots, new)
+        self.seen = self.seen + added
 
     def evict(self, keep: Tensor) -> None:
-        """Keep only some slots; the memory of the others is freed.
+        """Keep only some tokens; the memory of pages that are no longer needed is freed at once.
+
+        Costs what it takes to move the last tokens into the gaps, or nothing where there are none.
 
         Args:
-            keep: int64 `[B, G, m]`, slots in [0, n), ascending within each head.
+            keep: Bool `[B, G, n]`, the slots to keep.
 
         Raises:
-            ValueError: If `keep` has the wrong shape or dtype, is not ascending, or a slot is out of range.
+            ValueError: If `keep` is not bool or not of that shape.
         """
-        self._check_keep(keep)
-        for name in ("keys", "values", "positions", "attention"):
-            old = getattr(self, name)
-            if old is None:
-                continue
-            index = keep if old.ndim == 3 else keep[..., None].expand(*keep.shape, old.shape[3])
-            setattr(self, name, old.gather(2, index))
+        present = self.present
+        check_slots("keep", keep, present, torch.bool)
+        keep = keep & present
+        lengths = keep.sum(-1)
+        first = torch.arange(keep.shape[2], device=keep.device) < lengths[..., None]
+        gaps, last = first & ~keep, keep & ~first
+        if bool(gaps.any()):
+            self.table.move(last.nonzero(as_tuple=True), gaps.nonzero(as_tuple=True))  # type: ignore[arg-type]
+            self.ordered = False
+        self.table.resize(lengths)
+        self.changes += 1
 
-    def _check(self, k: Tensor, v: Tensor) -> None:
-        """Refuse tokens that do not fit."""
-        if k.ndim != 4 or v.ndim != 4 or v.shape[:3] != k.shape[:3]:
-            raise ValueError(
-                f"k of shape {tuple(k.shape)} and v of shape {tuple(v.shape)}: expected [B, G, m, D] and [B, G, m, E]"
-            )
-        for name, new, old in (("k", k, self.keys), ("v", v, self.values)):
-            if old is None:
-                continue
-            expected = (old.shape[0], old.shape[1], new.shape[2], old.shape[3])
-            if new.shape != expected or new.dtype != old.dtype or new.device != old.device:
-                raise ValueError(
-                    f"{name} of shape {tuple(new.shape)}, {new.dtype} on {new.device}: "
-                    f"expected {expected}, {old.dtype} on {old.device}, as stored"
-                )
-
-    def _check_keep(self, keep: Tensor) -> None:
-        """Refuse slots that `evict` could not keep."""
-        if self.keys is None:
-            raise ValueError("keep: the store is empty, expected tokens to evict from")
-        heads = tuple(self.keys.shape[:2])
-        if keep.dtype != torch.int64 or keep.ndim != 3 or tuple(keep.shape[:2]) != heads:
-            raise ValueError(f"keep of shape {tuple(keep.shape)}, {keep.dtype}: expected {[*heads, 'm']}, torch.int64")
-        if keep.shape[2] == 0:
+    def sort(self) -> None:
+        """Bring slots into the order of their positions."""
+        if self.ordered:
             return
-        if int(keep.min()) < 0 or int(keep.max()) >= len(self):
-            raise ValueError(f"keep in [{int(keep.min())}, {int(keep.max())}]: expected slots in [0, {len(self)})")
-        if not bool((keep.diff(dim=-1) > 0).all()):
-            raise ValueError("keep: expected ascending slots within each head, without repeats")
+        present = self.present
+        order = self.positions.masked_fill(~present, torch.iinfo(torch.int64).max).argsort(-1)
+        entry, head, slot = present.nonzero(as_tuple=True)
+        self.table.move((entry, head, order[entry, head, slot]), (entry, head, slot))
+        self.ordered = True
+        self.changes += 1
+
+    def overwrite(self, chosen: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Give the slots `chosen`, bool `[B, G, n]`, other keys `[B, G, n, D]` and values `[B, G, n, E]`."""
+        present = self.present
+        check_slots("chosen", chosen, present, torch.bool)
+        slots = (chosen & present).nonzero(as_tuple=True)
+        coded = [self._encoded(number, x[slots], *slots[:2]) for number, x in enumerate((keys, values))]
+        self.table.write(slots, coded[0] | coded[1])  # type: ignore[arg-type]
+        self.changes += 1
+
+    def crop(self, count: int) -> None:
+        """Forget the last `count` tokens of every sequence; earlier ones that were evicted do not come back."""
+        if not self.empty and count:
+            self.seen = (self.seen - count).clamp(min=0)
+            self.evict(self.positions < self.seen[:, None, None])
+
+    def select(self, rows: Tensor) -> KVStore:
+        """A store of these batch entries, int64 `[n]` in any order, repeats allowed (beams).
+
+        Pages are shared with this store until one of the two writes to them.
+        """
+        other = KVStore(self.storage, self.stats)
+        if not self.empty:
+            rows = rows.to(self.seen.device)
+            other.seen, other.table = self.seen[rows], self.table.select(rows)
+            other.ordered, other.changes = self.ordered, self.changes
+            other.dtype, other.dims = self.dtype, self.dims
+            if self.channels is not None:
+                other.channels = self.channels[0][rows], self.channels[1][rows]
+        return other
+
+    def fork(self) -> KVStore:
+        """Another store with the same tokens; pages are shared until one of the two writes to them."""
+        return self.select(torch.arange(len(self.seen)))
+
+    def pages(self) -> KVPages:
+        """What `decode_attend` reads, in place: good until the store changes.
+
+        Returns:
+            Keys and values as stored: with `channels`, those divided by them.
+
+        Raises:
+            ValueError: If the store is empty or holds 2 bits, which the engine cannot read.
+        """
+        if self.empty or self.storage.bits == 2:
+            raise ValueError(f"{self!r}: expected tokens, in floating point or in codes of 8 or 4 bits")
+        parts = self.table.parts
+        scales = [parts.get(names[kind]) for kind in (1, 2) for names in (KEY, VALUE)]
+        return KVPages(parts["key"], parts["value"], self.table.table, self.lengths, *scales)
+
+    def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys `[B, L, K, D]` and values `[B, L, K, E]` of some slots, in `dtype`.
+
+        Args:
+            slots: int64 `[B, L, K]` with L a multiple of G, consecutive lists belonging to one head; -1 gives filler.
+
+        Returns:
+            Copies.
+        """
+        entry = torch.arange(slots.shape[0], device=slots.device)[:, None, None]
+        head = torch.arange(slots.shape[1], device=slots.device) // (slots.shape[1] // self.lengths.shape[1])
+        where = self.table.find((entry, head[:, None], slots.clamp(min=0)))
+        return self._decoded(0, where, (entry, head[:, None])), self._decoded(1, where, (entry, head[:, None]))
+
+    def _start(self, k: Tensor, v: Tensor, present: Tensor | None) -> None:
+        """Lay pages out for tokens like the first ones."""
+        parts: dict[str, tuple[int, torch.dtype]] = {}
+        for names, x in ((KEY, k), (VALUE, v)):
+            sample = self.storage.encode(x.new_zeros(1, x.shape[3]))
+            parts |= {name: (part.shape[1], part.dtype) for name, part in zip(names, sample, strict=False)}
+        parts["position"] = (1, torch.int32)
+        parts |= dict.fromkeys(self.stats, (1, accumulation_dtype(k.dtype)))
+        layout = PageLayout(parts, self.storage.page)
+        self.table = PageTable(Arena(layout.nbytes, k.device), layout, *k.shape[:2])
+        self.seen = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)
+        self.dtype, self.dims = k.dtype, (k.shape[3], v.shape[3])
+        if self.storage.normalise:
+            hidden = None if present is None else ~present[:, None, :, None]
+            largest = ((x if hidden is None else x.masked_fill(hidden, 0.0)).abs().amax(2).sqrt() for x in (k, v))
+            self.channels = tuple(torch.where(x > 0, x, 1.0) for x in largest)  # type: ignore[assignment]
+
+    def _encoded(self, number: int, x: Tensor, entry: Tensor, head: Tensor) -> dict[str, Tensor]:
+        """Parts that hold keys (0) or values (1), `[.., D]`, of these batch entries and heads `[..]`."""
+        coded = self.storage.encode(x if self.channels is None else x / self.channels[number][entry, head])
+        return dict(zip((KEY, VALUE)[number], coded, strict=False))
+
+    def _decoded(self, number: int, where: tuple[Tensor, Tensor], heads: tuple[Tensor, Tensor]) -> Tensor:
+        """The inverse of `_encoded`, read from pages and rows."""
+        parts = self.table.parts
+        x = self.storage.decode(tuple(parts[n][where] for n in (KEY, VALUE)[number] if n in parts), self.dtype)
+        return x if self.channels is None else x * self.channels[number][heads]
+
+    def _part(self, name: str) -> Tensor:
+        """A part of every slot, `[B, G, n, width]`."""
+        if name not in self.table.layout.parts:
+            raise ValueError(f"{name!r}: expected one of stats={self.stats}, in a store with tokens")
+        return self.table.parts[name][self.table.grid()]
+
+    def _dense(self, number: int) -> Tensor:
+        batch, heads = self.lengths.shape
+        at = torch.arange(batch, device=self.lengths.device)[:, None, None], torch.arange(heads)[:, None]
+        x = self._decoded(number, self.table.grid(), (at[0], at[1].to(self.lengths.device)))
+        return x.masked_fill(~self.present[..., None], 0.0)
 
     def __repr__(self) -> str:
         """Sizes, not the contents."""
-        return f"KVStore(slots={len(self)}, seen={self.seen}, nbytes={self.nbytes})"
+        return f"KVStore(slots={len(self)}, seen={self.seen.tolist()}, nbytes={self.nbytes})"
 
 
-def _joined(old: Tensor | None, new: Tensor) -> Tensor:
-    """`old` followed by `new`; a clone where there is no `old`, lest a view keep all of a larger tensor alive."""
-    return new.clone(memory_format=torch.contiguous_format) if old is None else torch.cat([old, new], 2)
+__all__ = ["KEY", "VALUE", "KVStore"]

@@ -27,6 +27,7 @@ from saccade.types import Kind, Pattern, TokenIndex
     training_free=True,
     exact_when="tokens >= N",
     complexity="N",
+    effects=frozenset({"selecting"}),
     deviations=(
         (
             "The cache correction, which now and then recomputes keys and values of tokens decoded sparsely, is "
@@ -93,15 +94,12 @@ class TidalDecode(CachePolicy):
 
     def select(self, q: Tensor, store: KVStore) -> TokenIndex:
         """The slots with the largest q k^T for each query head, `[B, H, 1, min(tokens, n)]`."""
-        if store.keys is None:
+        if len(store) == 0:
             raise ValueError(f"store={store!r}: expected at least one token")
         batch, heads, queries, dim = q.shape
-        dtype = accumulation_dtype(q.dtype)
-        grouped = q.to(dtype).reshape(batch, store.keys.shape[1], -1, dim)
-        scores = (grouped @ store.keys.detach().to(dtype).transpose(-1, -2)).view(batch, heads, queries, len(store))
-        best = torch.topk(scores, min(self.tokens, len(store)), dim=-1).indices
-        return TokenIndex(best.sort(-1).values, queries, len(store))
-
-    def keep(self, store: KVStore) -> Tensor | None:  # noqa: ARG002
-        """Everything."""
-        return None
+        dtype, keys = accumulation_dtype(q.dtype), store.keys
+        grouped = q.to(dtype).reshape(batch, keys.shape[1], -1, dim)
+        scores = grouped @ keys.to(dtype).transpose(-1, -2)
+        scores = scores.masked_fill(~store.present[:, :, None], -torch.inf).view(batch, heads, queries, len(store))
+        highest, slots = torch.topk(scores, min(self.tokens, len(store)), dim=-1)
+        return TokenIndex(slots.masked_fill(highest == -torch.inf, -1).sort(-1).values, queries, len(store))

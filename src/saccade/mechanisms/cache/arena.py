@@ -1,0 +1,153 @@
+"""Arena: equal pages of raw memory that grow on demand and leave the process when they are given back."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+RESERVED = 256 * 2**20
+"""Address space, in bytes, that an arena on a Linux host starts with; it costs nothing before it is written to."""
+
+GROWTH = 8
+"""How much larger the next reservation is."""
+
+STRETCH = 16 * 2**20
+"""Bytes that are moved at a time when an arena outgrows its reservation, each stretch freed before the next."""
+
+
+class Arena:
+    """Pages of raw memory; page p is row p of `bytes`. Tables name pages, and a page lives while one names it.
+
+    On a Linux host address space is reserved ahead: a page takes memory once it is written to, and gives it back to
+    the system at once when the last table lets go of it (`madvise`). Elsewhere one tensor is allocated as it is needed,
+    and pages that were given back are only used again.
+
+    Args:
+        page_nbytes: Size of a page.
+        device: Where the pages lie.
+
+    Attributes:
+        bytes: uint8 `[capacity, page_nbytes]`; another tensor after `take` has outgrown it.
+        users: int64 `[capacity]` on the host: how often tables name each page.
+        shared: How many times a page is named beyond its first.
+    """
+
+    def __init__(self, page_nbytes: int, device: torch.device) -> None:
+        self.page_nbytes = page_nbytes
+        self.device = device
+        self.shared = 0
+        self._free: list[int] = []
+        self._high = 0
+        self._map: mmap.mmap | None = None
+        self.users = torch.zeros(0, dtype=torch.int64)
+        self.bytes = torch.empty(0, page_nbytes, dtype=torch.uint8, device=device)
+
+    @property
+    def pages(self) -> int:
+        """Pages that some table names."""
+        return self._high - len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held: of the pages in use, or without `madvise` of all that were ever needed at once."""
+        return (self.pages if self._map is not None else len(self.bytes)) * self.page_nbytes
+
+    def take(self, count: int) -> Tensor:
+        """Pages for a table that nobody else names.
+
+        Args:
+            count: How many.
+
+        Returns:
+            int64 `[count]` on the host; what is in them is arbitrary.
+
+        Raises:
+            MemoryError: If there is no memory for them; nothing has changed then.
+        """
+        fresh = max(0, count - len(self._free))
+        if self._high + fresh > len(self.bytes):
+            self._grow(self._high + fresh)
+        recycled = self._free[len(self._free) - (count - fresh) :]
+        del self._free[len(self._free) - len(recycled) :]
+        pages = torch.tensor([*recycled, *range(self._high, self._high + fresh)], dtype=torch.int64)
+        self._high += fresh
+        self.users[pages] = 1
+        return pages
+
+    def share(self, pages: Tensor) -> None:
+        """One more table names each of these pages (a page as often as it is listed)."""
+        self.users.index_add_(0, pages.cpu(), torch.ones(len(pages), dtype=torch.int64))
+        self.shared += len(pages)
+
+    def give_back(self, pages: Tensor) -> None:
+        """One table less names each of these pages (a page as often as it is listed)."""
+        pages = pages.cpu()
+        self.users.index_add_(0, pages, torch.full((len(pages),), -1))
+        empty = pages[self.users[pages] == 0].unique()
+        self.shared -= len(pages) - len(empty)
+        self._free += empty.tolist()
+        if self._map is not None:
+            for start, stop in _runs(empty, self.users, self.page_nbytes):
+                _release(self._map, start * self.page_nbytes, stop * self.page_nbytes)
+
+    def _grow(self, pages: int) -> None:
+        """Reserve room for at least so many pages and move what is in use there, amortised O(1) per page."""
+        old, old_map = self.bytes, self._map
+        fresh, self._map, capacity = _memory(pages, self.page_nbytes, len(old), self.device)
+        stretch = max(1, STRETCH // self.page_nbytes)
+        for start in range(0, self._high, stretch):
+            used = self.users[start : start + stretch].nonzero().flatten().to(self.device) + start
+            fresh[used] = old[used]
+            if old_map is not None:
+                _release(old_map, start * self.page_nbytes, min(start + stretch, self._high) * self.page_nbytes)
+        self.bytes = fresh
+        self.users = torch.nn.functional.pad(self.users, (0, capacity - len(self.users)))
+
+
+def _memory(pages: int, page_nbytes: int, before: int, device: torch.device) -> tuple[Tensor, mmap.mmap | None, int]:
+    """Room for `pages` pages or more, its mapping where memory can be given back, and how many pages it has."""
+    if device.type == "cpu" and sys.platform == "linux":
+        capacity = max(RESERVED // page_nbytes, GROWTH * before, pages)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+        for room in (capacity, pages):  # a limit on address space may leave no more than what is needed
+            try:
+                mapping = mmap.mmap(-1, room * page_nbytes, flags=flags)
+            except (OSError, ValueError):
+                continue
+            return torch.frombuffer(mapping, dtype=torch.uint8).resize_(room, page_nbytes), mapping, room
+    room = max(pages, before + before // 2)
+    try:
+        return torch.empty(room, page_nbytes, dtype=torch.uint8, device=device), None, room
+    except RuntimeError as error:
+        raise MemoryError(f"no memory for {room * page_nbytes:,} bytes of keys and values: {error}") from error
+
+
+def _release(mapping: mmap.mmap, start: int, stop: int) -> None:
+    """Give the system's pages that lie within bytes start .. stop - 1 back to it."""
+    start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < stop:
+        mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+def _runs(pages: Tensor, users: Tensor, size: int) -> Iterator[tuple[int, int]]:
+    """Stretches `(start, stop)` of unused pages, `size` bytes each, that hold these sorted pages.
+
+    They reach as far as a page of the system does, so that it goes back when the last page on it is unused.
+    """
+    if len(pages) == 0:
+        return
+    breaks = (pages.diff() > 1).nonzero().flatten() + 1
+    for run in pages.tensor_split(breaks):
+        start, stop = int(run[0]), int(run[-1]) + 1
+        while start > 0 and start * size % mmap.PAGESIZE and users[start - 1] == 0:
+            start -= 1
+        while stop < len(users) and stop * size % mmap.PAGESIZE and users[stop] == 0:
+            stop += 1
+        yield start, stop
+
+
+__all__ = ["Arena"]

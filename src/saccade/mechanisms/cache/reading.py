@@ -1,0 +1,70 @@
+"""Attention over a store, read in place where the engine can."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.mechanisms.cache.store import KVStore
+from saccade.ops import decode_attend
+from saccade.types import AttentionOutput, KVPages
+
+
+def attend_stored(
+    q: Tensor,
+    store: KVStore,
+    slots: Tensor | None = None,
+    *,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> AttentionOutput:
+    """Softmax attention of the newest tokens over what is stored, causal: the queries are those of the last M slots.
+
+    Args:
+        q: `[B, H, M, D]`.
+        store: With at least these M tokens.
+        slots: int64 `[B, G or H, K]`, what the heads attend to instead of everything, -1 being an empty place; M is 1
+            then.
+        window: As in `decode_attend`, in slots.
+        softcap: As in `decode_attend`.
+        scale: Factor on q k^T; None means D^-0.5.
+        impl: Implementation of `decode_attend`.
+
+    Returns:
+        `out` `[B, H, M, E]` in q's dtype, and `lse` `[B, H, M]`.
+
+    Raises:
+        ValueError: If shapes do not fit.
+    """
+    dtype, channels = q.dtype, store.channels
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if slots is not None:
+        cache, channels = _gathered(store, slots), None
+    elif store.storage.bits == 2:
+        cache, channels = KVPages.from_dense(store.keys, store.values, lengths=store.lengths), None
+    else:
+        cache = store.pages()
+    if channels is not None:
+        q = _per_head(q, channels[0])
+    q = q if cache.bits is not None else q.to(cache.k.dtype)
+    out, lse = decode_attend(
+        q, cache, window=window, softcap=softcap, scale=scale, return_lse=True, impl=impl
+    )  # fmt: skip
+    out = out if channels is None else _per_head(out, channels[1])
+    return AttentionOutput(out.to(dtype), lse)
+
+
+def _per_head(x: Tensor, factors: Tensor) -> Tensor:
+    """`x` `[B, H, M, D]` times `factors` `[B, G, D]`, in the dtype of x."""
+    return x * factors.repeat_interleave(x.shape[1] // factors.shape[1], 1)[:, :, None]
+
+
+def _gathered(store: KVStore, slots: Tensor) -> KVPages:
+    """The listed slots as a cache of their own, a head per list."""
+    order = (slots < 0).to(torch.uint8).argsort(dim=-1, stable=True)
+    return KVPages.from_dense(*store.gather(slots.gather(-1, order)), lengths=(slots >= 0).sum(-1))
+
+
+__all__ = ["attend_stored"]
