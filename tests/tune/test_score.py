@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from saccade.ops import attend
 from saccade.tune.candidates import Candidate
 from saccade.tune.score import (
     FOCUS_SHARE,
@@ -17,7 +18,7 @@ from saccade.tune.score import (
     sample,
     score_layer,
 )
-from saccade.types import BlockLayout, TokenIndex
+from saccade.types import BlockLayout, Geometry, TokenIndex
 
 pytestmark = pytest.mark.quick
 
@@ -120,3 +121,15 @@ def test_a_sampled_damage_is_that_of_the_sampled_queries():
         relative = moved.square().sum(-1) / inputs.residual[tokens].square()
         wanted = (1 - FOCUS_SHARE) * relative.mean() + FOCUS_SHARE * relative[-3:].mean()
         assert scored.damage[head] == pytest.approx(float(wanted), rel=1e-3)
+
+
+def test_a_mechanism_that_adds_stand_ins_is_scored_by_its_own_calls():
+    inputs = make_inputs(tokens=300)
+    settings = {"min_tokens": 32, "block": 16, "samples": 16}
+    dense, scored = score_layer(inputs, [Candidate("hyper_attention", settings)])
+    mechanism, geometry = Candidate("hyper_attention", settings).build(), Geometry(causal=True)
+    out = mechanism(inputs.q, inputs.k, inputs.v, geometry=geometry, scale=inputs.scale)
+    wanted = attend(inputs.q, inputs.k, inputs.v, causal=True, scale=inputs.scale)
+    assert scored.errors == pytest.approx(compare_outputs(out, wanted, inputs)[0])
+    assert 0 < scored.select_seconds < scored.seconds
+    assert 0.2 < scored.density[0] < 1.0 == dense.density[0]

@@ -15,6 +15,7 @@ from saccade.bench.measure import Machine, describe_machine, interleaved, median
 from saccade.catalog import get
 from saccade.mechanisms.base import Mixer
 from saccade.ops import attend, recording
+from saccade.ops.dispatch import density_of
 from saccade.types import Geometry, Kind, Pattern
 
 COMPARABLE = (Kind.SELECTOR, Kind.SCORE, Kind.MIXER, Kind.INTERVENTION)
@@ -233,7 +234,7 @@ def _row(
 ) -> Row:
     with recording() as records:
         out = run()
-    density = next((record.density for record in records if record.density is not None), None)
+    density = density_of(records)
     tokens = wanted.shape[2]
     if density is not None and causal:
         density *= 2 * tokens / (tokens + 1)

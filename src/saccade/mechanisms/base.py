@@ -33,6 +33,8 @@ class Selector(ABC):
     """
 
     card: ClassVar[Card]
+    adds: ClassVar[bool] = False
+    """Whether a call adds something, such as a stand-in for what is left out, to attention over what is selected."""
 
     @abstractmethod
     def select(self, q: Tensor, k: Tensor, geometry: Geometry) -> BlockLayout | TokenIndex | Boxes:

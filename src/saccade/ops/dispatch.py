@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -36,7 +36,8 @@ class RunRecord:
         op: Engine.
         impl: Implementation that ran.
         refused: For each implementation passed over, why.
-        density: Fraction of the M x N pairs computed, or None where the notion does not apply.
+        density: Fraction of the M x N pairs computed, or None where the notion does not apply. A selector says it of
+            the whole where the calls of its engines are of other sizes.
         select_seconds: Time spent choosing what to compute, added by the selector.
         instruction_set: What the C++ engine ran on, where `impl` is "cpu".
     """
@@ -51,6 +52,20 @@ class RunRecord:
     def __str__(self) -> str:
         """Engine and implementation, as in `attend:cpu (AVX2 and FMA)`."""
         return f"{self.op}:{self.impl}" + ("" if self.instruction_set is None else f" ({self.instruction_set})")
+
+
+def density_of(records: Iterable[RunRecord]) -> float | None:
+    """Fraction of the pairs that a mechanism's call computed, from its records: what it says itself, else its engines.
+
+    Args:
+        records: Of one call.
+
+    Returns:
+        The fraction, or None where nothing says it.
+    """
+    known = [record for record in records if record.density is not None]
+    own = [record for record in known if record.op == "select"]
+    return sum(record.density or 0.0 for record in own or known) if known else None
 
 
 _records: ContextVar[list[RunRecord] | None] = ContextVar("saccade_records", default=None)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from saccade.ops.dispatch import density_of
 from saccade.plug.recipe import PHASES
 from saccade.plug.route import HeadsReport, Route
 from saccade.plug.state import STATE, CallReport, LayerState
@@ -112,7 +113,6 @@ def _installed(route: Route) -> dict[str, Any]:
 
 def _row(state: LayerState, phase: str, route: Route, last: CallReport, report: HeadsReport) -> Row:
     engines = [run for run in report.runs if run.op != "select"]
-    densities = [run.density for run in engines if run.density is not None]
     return Row(
         state.name,
         phase,
@@ -121,7 +121,7 @@ def _row(state: LayerState, phase: str, route: Route, last: CallReport, report: 
         queries=last.queries,
         keys=last.keys,
         engine=" + ".join(map(str, engines)) if engines else f"model's {state.former_name}",
-        density=sum(densities) if densities else None,
+        density=density_of(report.runs),
         select_seconds=sum(run.select_seconds for run in report.runs),
         refused={name: reason for run in engines for name, reason in run.refused.items()},
         fallback=report.fallback,

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from saccade.ops import attend, block_attend, gather_attend
+from saccade.ops import attend, block_attend, gather_attend, recording
+from saccade.ops.dispatch import density_of
 from saccade.tune.candidates import DENSE, Candidate
 from saccade.types import BlockLayout, Boxes, Geometry, TokenIndex
 from saccade.types.layout_algebra import take_query_blocks
@@ -118,6 +119,8 @@ def score_layer(
 
 def _score(inputs: LayerInputs, candidate: Candidate, dense: Tensor, repeats: int) -> CandidateScore:
     mechanism, geometry = candidate.build(), Geometry(causal=True)
+    if mechanism.adds:
+        return _score_whole(inputs, mechanism, dense, repeats)
     chosen, select = _timed(lambda: mechanism.pattern(inputs.q, inputs.k, geometry), repeats)
     engine: Any = block_attend if isinstance(chosen, BlockLayout) else gather_attend
     part, tokens, work = sample(chosen)
@@ -128,6 +131,19 @@ def _score(inputs: LayerInputs, candidate: Candidate, dense: Tensor, repeats: in
     out, seconds = _timed(lambda: engine(*_qkv(some), part, scale=inputs.scale), repeats)
     errors, damage = compare_outputs(out, dense[:, :, tokens], some)
     return CandidateScore(select + work * seconds, select, _densities(chosen, inputs.q.shape[1]), errors, damage)
+
+
+def _score_whole(inputs: LayerInputs, mechanism: Any, dense: Tensor, repeats: int) -> CandidateScore:
+    """The score of a mechanism whose output is more than attention over what it selects, from calls as they are."""
+    with recording() as records:
+        out, seconds = _timed(
+            lambda: mechanism(*_qkv(inputs), geometry=Geometry(causal=True), scale=inputs.scale), repeats
+        )
+    errors, damage = compare_outputs(out, dense, inputs)
+    tokens, heads = inputs.q.shape[2], inputs.q.shape[1]
+    density = (density_of(records) or 0.0) / repeats * 2 * tokens / (tokens + 1)
+    select = sum(run.select_seconds for run in records) / repeats
+    return CandidateScore(seconds, select, [density] * heads, errors, damage)
 
 
 def sample(chosen: BlockLayout | TokenIndex | Boxes) -> tuple[BlockLayout | TokenIndex | Boxes, Tensor | slice, float]:

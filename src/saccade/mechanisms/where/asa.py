@@ -94,6 +94,8 @@ class ASA(RegionSelector):
         block: Tokens per block, along a Hilbert curve; a multiple of 8.
     """
 
+    adds = True
+
     shares: tuple[float, float, float, float] = (0.05, 0.15, 0.25, 0.5)
     samples: int = 32
     seed: int = 0

@@ -98,6 +98,8 @@ class HyperAttention(Selector):
         seed: Of directions and samples; give each layer its own.
     """
 
+    adds = True
+
     projections: int = 7
     block: int = 256
     samples: int = 256
@@ -131,6 +133,12 @@ class HyperAttention(Selector):
         while -(-chunk // 2) >= self.min_tokens:
             chunk, halvings = -(-chunk // 2), halvings + 1
         return chunk, [self._sort(q, k, chunk * 2**level) for level in range(halvings)]
+
+    def _pairs(self, tokens: int, chunk: int, levels: list[Squares], causal: bool) -> float:
+        """Pairs of a head that are computed, samples included."""
+        exact = tokens * ((chunk + 1) / 2 if causal else chunk)
+        queries = sum(tokens if level.size is None else tokens / 2 for level in levels)
+        return exact + queries * (self.block + self.samples)
 
     def _sort(self, q: Tensor, k: Tensor, size: int | None) -> Squares:
         """Queries and keys of each square by their hashes; padding goes last."""
@@ -179,7 +187,9 @@ class HyperAttention(Selector):
         started = time.perf_counter()
         chunk, levels = self._plan(q.detach(), k.detach(), geometry.causal)
         if is_recording():
-            record(RunRecord("select", self.card.name, select_seconds=time.perf_counter() - started))
+            seconds, tokens = time.perf_counter() - started, q.shape[2]
+            density = self._pairs(tokens, chunk, levels, geometry.causal) / max(tokens, 1) ** 2
+            record(RunRecord("select", self.card.name, density=density, select_seconds=seconds))
         batch, tokens = q.shape[0], q.shape[2]
         options: dict[str, Any] = {"scale": scale, "return_lse": True, "impl": impl}
         if not geometry.causal:

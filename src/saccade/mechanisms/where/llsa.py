@@ -60,6 +60,8 @@ class LLSA(RegionSelector):
         enrich: Attend to the coarser means too.
     """
 
+    adds = True
+
     block: int = 16
     topk: int = 8
     levels: int | None = None

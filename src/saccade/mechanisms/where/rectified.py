@@ -94,6 +94,8 @@ class Rectified(RegionSelector):
         block: Tokens per block.
     """
 
+    adds = True
+
     top_p: float = 0.3
     least: float = 0.2
     neighbors: bool = True

@@ -98,6 +98,8 @@ class SVGEAR(RegionSelector):
         block: Block size of the layout: changes the work, never the result.
     """
 
+    adds = True
+
     query_clusters: int = 100
     key_clusters: int = 500
     density: float = 0.2
