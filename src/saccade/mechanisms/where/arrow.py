@@ -47,6 +47,8 @@ class Arrow(Selector):
         block: Block size of the layout, in tokens.
     """
 
+    adds = True
+
     window: int = 128
     length_scaling: bool = True
     block: int = 64
