@@ -28,7 +28,10 @@ CASES = [
     ((20, 9), (3, 4), (3, 2), 2, 1, 24, 40),
     ((5, 7, 11), (3, 3, 5), (1, 2, 1), 2, 2, 17, 5),
     ((2, 40, 3), (1, 3, 3), (2, 7, 1), 1, 1, 64, 64),
+    ((7, 37), (7, 7), (1, 1), 2, 2, 48, 32),  # a window as high as the map, a tail in every row
+    ((9, 40), (12, 30), (1, 1), 1, 1, 32, 64),  # one higher than the map, and windows that jump by more than a vector
 ]
+ACROSS = ("tiles", "rows")
 
 
 @contextmanager
@@ -58,14 +61,13 @@ def window(size: int, kernel: int, dilation: int) -> tuple[list[int], list[int]]
 
 
 def grid_mask(windows: list[tuple[list[int], list[int]]], dilation: tuple[int, ...]) -> Tensor:
-    """Bool `[N, N]`, pair by pair."""
-    tokens = list(itertools.product(*(range(len(first)) for first, _ in windows)))
-    mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-    for i, j in itertools.product(range(len(tokens)), repeat=2):
-        mask[i, j] = all(
-            first[x] <= y <= last[x] and (y - x) % step == 0
-            for x, y, (first, last), step in zip(tokens[i], tokens[j], windows, dilation, strict=True)
-        )
+    """Bool `[N, N]`, pair by pair along each axis."""
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    for (first, last), step in zip(windows, dilation, strict=True):
+        sees = torch.zeros(len(first), len(first), dtype=torch.bool)
+        for x, y in itertools.product(range(len(first)), repeat=2):
+            sees[x, y] = first[x] <= y <= last[x] and (y - x) % step == 0
+        mask = torch.kron(mask, sees)
     return mask
 
 
@@ -89,53 +91,87 @@ def problem(case, dtype=torch.float32, batch=2):
     return q, k, v, (*ends, list(sizes), list(dilation)), mask
 
 
-def gradients(q, k, v, boxes, scale, grad_out, grad_lse):
-    out, lse = cpu.boxes_attention(q, k, v, *boxes, scale)
-    return out, lse, *cpu.boxes_gradients(grad_out, grad_lse, q, k, v, out, lse, *boxes, scale)
+def gradients(q, k, v, boxes, scale, grad_out, grad_lse, across="cheaper"):
+    out, lse = cpu.boxes_attention(q, k, v, *boxes, scale, across)
+    return out, lse, *cpu.boxes_gradients(grad_out, grad_lse, q, k, v, out, lse, *boxes, scale, across)
 
 
-@each_set
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("case", "scale"), [*((case, 0.3) for case in CASES), (CASES[3], -0.2)])
-def test_equals_the_formula(case, scale, dtype, isa):
-    q, k, v, boxes, mask = problem(case, dtype)
+def agree(q, k, v, boxes, mask, scale, across):
+    """Out, lse and gradients are those of the formula."""
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     out, lse = exact(*leaves, mask, scale)
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
     wanted = (out, lse, *torch.autograd.grad((out, lse), leaves, (grad_out, grad_lse)))
-    with engine(isa):
-        found = gradients(q, k, v, boxes, scale, grad_out.float(), grad_lse.float())
+    found = gradients(q, k, v, boxes, scale, grad_out.float(), grad_lse.float(), across)
     for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), found, wanted, strict=True):
         assert torch.allclose(x.double(), y.detach(), rtol=1e-4, atol=2e-5), name
 
 
 @each_set
-def test_strides_do_not_matter(isa):
+@pytest.mark.parametrize("across", ACROSS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("case", "scale"), [*((case, 0.3) for case in CASES), (CASES[3], -0.2)])
+def test_equals_the_formula(case, scale, dtype, across, isa):
+    q, k, v, boxes, mask = problem(case, dtype)
+    with engine(isa):
+        agree(q, k, v, boxes, mask, scale, across)
+
+
+@each_set
+@pytest.mark.parametrize("across", ACROSS)
+def test_windows_of_any_length(across, isa):
+    """Each axis its own: causal (short at first), one that opens by leaps, and one that stands still."""
+    lines = [
+        ([max(x - 2, 0) for x in range(6)], list(range(6))),
+        ([0] * 5 + [4] * 2, [3] * 4 + [6] * 3),
+        ([x // 20 * 20 for x in range(45)], [min(x // 20 * 20 + 22, 44) for x in range(45)]),
+    ]
+    mask, sizes = grid_mask(lines, (1, 1, 1)), [6, 7, 45]
+    ends = [torch.tensor([x for line in lines for x in line[end]]).int() for end in (0, 1)]
+    q, k, v = (torch.randn(1, heads, len(mask), 8, generator=torch.Generator().manual_seed(2)) for heads in (2, 1, 1))
+    with engine(isa):
+        agree(q, k, v, (*ends, sizes, [1, 1, 1]), mask, 0.3, across)
+
+
+@each_set
+def test_rows_wider_than_a_part(isa):
+    q, k, v, boxes, mask = problem(((2, 300), (2, 9), (1, 1), 2, 1, 8, 8), batch=1)
+    with engine(isa):
+        agree(q, k, v, boxes, mask, 0.3, "rows")
+
+
+@each_set
+@pytest.mark.parametrize("across", ACROSS)
+def test_strides_do_not_matter(across, isa):
     q, k, v, boxes, _ = problem(CASES[3])
     moved = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     spread = [torch.stack([x, x], -1)[..., 0] for x in (q, k, v)]
     with engine(isa):
-        plain = cpu.boxes_attention(q, k, v, *boxes, 0.3)
+        plain = cpu.boxes_attention(q, k, v, *boxes, 0.3, across)
         for other in (moved, spread):
-            for x, y in zip(plain, cpu.boxes_attention(*other, *boxes, 0.3), strict=True):
+            for x, y in zip(plain, cpu.boxes_attention(*other, *boxes, 0.3, across), strict=True):
                 assert torch.equal(x, y)
 
 
-def test_threads_do_not_matter():
-    q, k, v, boxes, _ = problem(CASES[5])
-    grad_out, grad_lse = torch.randn(2, 2, q.shape[2], v.shape[3]), torch.randn(2, 2, q.shape[2])
+@each_set
+@pytest.mark.parametrize("across", ACROSS)
+@pytest.mark.parametrize("case", [CASES[3], CASES[5]])
+def test_threads_do_not_matter(case, across, isa):
+    q, k, v, boxes, _ = problem(case)
+    grad_out, grad_lse = torch.randn(*q.shape[:3], v.shape[3]), torch.randn(q.shape[:3])
     results = []
     for threads in (1, 2, 7):
-        with engine("portable", threads):
-            results.append(gradients(q, k, v, boxes, 0.3, grad_out, grad_lse))
+        with engine(isa, threads):
+            results.append(gradients(q, k, v, boxes, 0.3, grad_out, grad_lse, across))
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
 @each_set
+@pytest.mark.parametrize("across", ACROSS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", ["k", "v"])
-def test_poison_reaches_those_who_see_it_only(which, bad, isa):
+def test_poison_reaches_those_who_see_it_only(which, bad, across, isa):
     q, k, v, boxes, mask = problem(CASES[3])
     token, sees = 100, mask[:, 100]
     poisoned = {"k": k.clone(), "v": v.clone()}
@@ -143,8 +179,8 @@ def test_poison_reaches_those_who_see_it_only(which, bad, isa):
     grad_out, grad_lse = torch.randn_like(q), torch.zeros(q.shape[:3])
     grad_out[:, :, sees] = 0
     with engine(isa):
-        out, lse, dq, _, _ = gradients(q, poisoned["k"], poisoned["v"], boxes, 0.3, grad_out, grad_lse)
-        clean, clean_lse, clean_dq, _, _ = gradients(q, k, v, boxes, 0.3, grad_out, grad_lse)
+        out, lse, dq, _, _ = gradients(q, poisoned["k"], poisoned["v"], boxes, 0.3, grad_out, grad_lse, across)
+        clean, clean_lse, clean_dq, _, _ = gradients(q, k, v, boxes, 0.3, grad_out, grad_lse, across)
     assert torch.equal(out[:, :, ~sees], clean[:, :, ~sees])
     assert torch.equal(lse[:, :, ~sees], clean_lse[:, :, ~sees])
     assert torch.equal(dq[:, :, ~sees], clean_dq[:, :, ~sees])
@@ -153,14 +189,16 @@ def test_poison_reaches_those_who_see_it_only(which, bad, isa):
 
 
 @each_set
+@pytest.mark.parametrize("across", ACROSS)
 @pytest.mark.parametrize("which", ["q", "grad_out"])
-def test_poisoned_queries_reach_the_gradients_of_what_they_see_only(which, isa):
+def test_poisoned_queries_reach_the_gradients_of_what_they_see_only(which, across, isa):
     q, k, v, boxes, mask = problem(CASES[4])
     given = {"q": q.clone(), "grad_out": torch.randn(*q.shape[:3], v.shape[3])}
+    rest = (torch.zeros(q.shape[:3]), across)
     with engine(isa):
-        _, _, _, *clean = gradients(given["q"], k, v, boxes, 0.3, given["grad_out"], torch.zeros(q.shape[:3]))
+        _, _, _, *clean = gradients(given["q"], k, v, boxes, 0.3, given["grad_out"], *rest)
         given[which][:, :, 77, 0] = float("nan")
-        _, _, _, *dirty = gradients(given["q"], k, v, boxes, 0.3, given["grad_out"], torch.zeros(q.shape[:3]))
+        _, _, _, *dirty = gradients(given["q"], k, v, boxes, 0.3, given["grad_out"], *rest)
     for x, y in zip(clean, dirty, strict=True):
         assert torch.equal(x[:, :, ~mask[77]], y[:, :, ~mask[77]])
         assert not y[:, :, mask[77]].isfinite().all(-1).any()

@@ -352,41 +352,16 @@ class BoxTile {
 
   // Rows of the lanes' tokens, times `factor`, across the lanes; lanes without a token hold zeros.
   void pack(const Rows& x, int64_t h, int32_t storage, int64_t dim, float factor, float* out) {
-    const char* place[LANES];
-    for (int i = 0; i < LANES; ++i) place[i] = token[i] < 0 ? nullptr : row_of(x, b, h, token[i], storage);
-    int64_t d = 0;
-    for (; d + LANES <= dim; d += LANES) {
-      vf block[LANES];
-      for (int i = 0; i < LANES; ++i) {
-        if (!place[i]) {
-          block[i] = vf{};
-        } else if (storage == FP32) {
-          block[i] = load(reinterpret_cast<const float*>(place[i]) + d);
-        } else {
-          vh half = *reinterpret_cast<const vh_any*>(place[i] + 2 * d);
-          block[i] = storage == BF16 ? widen_bf16(half) : widen_fp16(half);
-        }
-      }
-      transpose(block);
-      for (int i = 0; i < LANES; ++i) store(out + (d + i) * LANES, block[i] * factor);
-    }
-    for (; d < dim; ++d)
-      for (int i = 0; i < LANES; ++i) out[d * LANES + i] = place[i] ? read(place[i], d, storage) * factor : 0;
+    const char *place[LANES], *nothing = reinterpret_cast<const char*>(s.zeros);
+    for (int i = 0; i < LANES; ++i) place[i] = token[i] < 0 ? nothing : row_of(x, b, h, token[i], storage);
+    pack_rows(place, storage, dim, factor, out, LANES);
   }
 
   // The inverse, into rows of a contiguous [N, dim].
   void unpack(const float* columns, int64_t dim, vf factor, float* out) {
-    int64_t d = 0;
-    for (; d + LANES <= dim; d += LANES) {
-      vf block[LANES];
-      for (int i = 0; i < LANES; ++i) block[i] = load(columns + (d + i) * LANES) * factor;
-      transpose(block);
-      for (int i = 0; i < LANES; ++i)
-        if (token[i] >= 0) store(out + token[i] * dim + d, block[i]);
-    }
-    for (; d < dim; ++d)
-      for (int i = 0; i < LANES; ++i)
-        if (token[i] >= 0) out[token[i] * dim + d] = columns[d * LANES + i] * factor[i];
+    float* place[LANES];
+    for (int i = 0; i < LANES; ++i) place[i] = token[i] < 0 ? nullptr : out + token[i] * dim;
+    unpack_rows(columns, dim, factor, place);
   }
 };
 

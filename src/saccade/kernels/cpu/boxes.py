@@ -16,6 +16,11 @@ AXES = 3
 """Axes that the engine knows; fewer are filled up with axes of one token in front."""
 
 
+ACROSS = ("cheaper", "tiles", "rows")
+"""What may lie across the lanes: compact tiles of tokens, which share the keys that any of them sees, or rows, which
+work on no other pairs than those kept but read more; tests choose, everybody else takes what the engine estimates."""
+
+
 class Boxes(ctypes.Structure):
     """One problem; `problem_boxes.hpp` has the comments."""
 
@@ -24,22 +29,23 @@ class Boxes(ctypes.Structure):
         ("size", _size * AXES), ("dilation", _size * AXES), ("first", _pointer), ("last", _pointer),
         ("storage", _int), ("threads", _int), ("q", Rows), ("k", Rows), ("v", Rows), ("out", _pointer),
         ("lse", _pointer), ("scale", _float), ("grad_out", _pointer), ("grad_lse", _pointer), ("delta", _pointer),
-        ("dq", _pointer), ("dk", _pointer), ("dv", _pointer),
+        ("dq", _pointer), ("dk", _pointer), ("dv", _pointer), ("across", _int),
     )  # fmt: skip
 
 
 def _problem(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, sizes: list[int], dilation: list[int], scale: float
-) -> tuple[Boxes, list[Tensor]]:
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, sizes: list[int], dilation: list[int], scale: float,
+    across: str,
+) -> tuple[Boxes, list[Tensor]]:  # fmt: skip
     """The problem, and the tensors that must outlive it."""
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     filled = (0,) * (AXES - len(sizes))
-    ends = [torch.tensor([*filled, *end.tolist()], dtype=torch.int32) for end in (first, last)]
+    ends = [torch.cat([end.new_zeros(len(filled)), end.int()]) for end in (first, last)]
     problem = Boxes(
         q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3],
         (_size * AXES)(*(1 for _ in filled), *sizes), (_size * AXES)(*(1 for _ in filled), *dilation),
         ends[0].data_ptr(), ends[1].data_ptr(), STORAGE[q.dtype], torch.get_num_threads(),
-        Rows.of(q), Rows.of(k), Rows.of(v), scale=scale,
+        Rows.of(q), Rows.of(k), Rows.of(v), scale=scale, across=ACROSS.index(across),
     )  # fmt: skip
     return problem, [q, k, v, *ends]
 
@@ -52,8 +58,9 @@ def _check(code: int) -> None:
 
 
 def boxes_attention(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, sizes: list[int], dilation: list[int], scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, sizes: list[int], dilation: list[int], scale: float,
+    across: str = "cheaper",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Softmax attention within boxes of a grid.
 
     Args:
@@ -65,6 +72,7 @@ def boxes_attention(
         sizes: Of one to three axes, row-major; their product is N.
         dilation: Gap between neighbours along each axis.
         scale: Factor on q k^T.
+        across: One of `ACROSS`.
 
     Returns:
         Out `[B, H, N, E]` and lse `[B, H, N]`, fp32.
@@ -73,7 +81,7 @@ def boxes_attention(
         MemoryError: If there is no memory for the threads' scratch.
         ValueError: If the windows leave the grid.
     """
-    problem, alive = _problem(q, k, v, first, last, sizes, dilation, scale)
+    problem, alive = _problem(q, k, v, first, last, sizes, dilation, scale, across)
     out = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     problem.out, problem.lse = out.data_ptr(), lse.data_ptr()
@@ -84,7 +92,7 @@ def boxes_attention(
 
 def boxes_gradients(
     grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    first: Tensor, last: Tensor, sizes: list[int], dilation: list[int], scale: float,
+    first: Tensor, last: Tensor, sizes: list[int], dilation: list[int], scale: float, across: str = "cheaper",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `boxes_attention`.
 
@@ -101,6 +109,7 @@ def boxes_gradients(
         sizes: See q.
         dilation: See q.
         scale: See q.
+        across: See q.
 
     Returns:
         Of q, k and v, fp32.
@@ -109,7 +118,7 @@ def boxes_gradients(
         MemoryError: If there is no memory for the threads' scratch.
         ValueError: If the windows leave the grid.
     """
-    problem, alive = _problem(q, k, v, first, last, sizes, dilation, scale)
+    problem, alive = _problem(q, k, v, first, last, sizes, dilation, scale, across)
     given = [x.float().contiguous() for x in (grad_out, grad_lse, out, lse)]
     delta = torch.empty_like(given[3])
     problem.grad_out, problem.grad_lse, problem.out, problem.lse = (x.data_ptr() for x in given)

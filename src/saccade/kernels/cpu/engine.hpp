@@ -41,6 +41,7 @@ struct Engine {
                    int64_t first, int64_t count, int64_t span);
   ScanEngine scan;
   BoxesEngine boxes;
+  RowsEngine box_rows;
   int64_t decode_rows;                                            // queries of a unit, at most
   int64_t (*decode_scratch)(const Decode&, int64_t rows);         // bytes per thread
   int64_t (*decode_partial)(const Decode&, int64_t rows);         // floats of a unit's result

@@ -1,6 +1,7 @@
 // The whole engine for one instruction set; an isa_*.cpp says which.
 #include "attend.hpp"
 #include "backward.hpp"
+#include "box_rows.hpp"
 #include "boxes.hpp"
 #include "decode.hpp"
 #include "engine.hpp"
@@ -53,6 +54,7 @@ static const Engine ENGINE = {
     .backward = backward,
     .scan = SCAN,
     .boxes = BOXES,
+    .box_rows = BOX_ROWS,
     .decode_rows = ROWS,
     .decode_scratch = decode_scratch,
     .decode_partial = decode_partial,

@@ -1,6 +1,7 @@
 // Attention within boxes of a grid, cut into tiles and shared out over threads.
 #include <vector>
 
+#include "box_parts.hpp"
 #include "engine.hpp"
 #include "export.hpp"
 #include "problem_boxes.hpp"
@@ -17,6 +18,7 @@ constexpr double OVERHEAD = 16;     // what a tile costs beside the rows it read
 struct Side {
   Tiling tiling;
   std::vector<Strip> strips[3];
+  double cost;  // of a head, in rows that a vector of tokens is multiplied by
 
   int64_t tiles() const { return tiling.strip_count[0] * tiling.strip_count[1] * tiling.strip_count[2]; }
 };
@@ -65,6 +67,7 @@ void choose(const Boxes& p, const int32_t* first, const int32_t* last, Side* sid
       best = cost;
       for (int i = 0; i < 3; ++i) chosen[i] = n[i];
     }
+  side->cost = best;
   for (int i = 0; i < 3; ++i) {
     t.shape[i] = 1 << chosen[i];
     side->strips[i] = cut(t.first[i], t.last[i], p.size[i], p.dilation[i], t.shape[i]);
@@ -111,15 +114,37 @@ bool sound(const Boxes& p) {
   return true;
 }
 
-using Run = void (*)(const Boxes&, const Tiling&, char*, int64_t b, int64_t h, int64_t tile);
+// One pass of the engine over one side: by compact tiles or by rows.
+struct Pass {
+  void (*tile)(const Boxes&, const Tiling&, char*, int64_t b, int64_t h, int64_t tile);
+  void (*rows)(const Boxes&, const Room&, const SheetPart&, char*, int64_t b, int64_t h);
+};
 
-int run(const Boxes& p, const Side& side, int64_t heads, Run tile) {
+int run_tiles(const Boxes& p, const Side& side, int64_t heads, const Pass& pass) {
   int64_t count = side.tiles(), units = (count + TILES - 1) / TILES;
   return share_out(p.threads, p.batch * heads * units, engine->boxes.scratch(p), [&](int64_t number, char* scratch) {
     int64_t first = number % units * TILES, head = number / units;
     for (int64_t n = first; n < first + TILES && n < count; ++n)
-      tile(p, side.tiling, scratch, head / heads, head % heads, n);
+      pass.tile(p, side.tiling, scratch, head / heads, head % heads, n);
   });
+}
+
+int run_rows(const Boxes& p, RowSide& side, int64_t heads, const Pass& pass) {
+  cut_parts(p, p.batch * heads, &side);
+  const int64_t count = int64_t(side.parts.size());
+  return share_out(p.threads, p.batch * heads * count, engine->box_rows.scratch(p, side.room), [&](int64_t number, char* scratch) {
+    int64_t head = number / count;
+    pass.rows(p, side.room, side.parts[size_t(number % count)], scratch, head / heads, head % heads);
+  });
+}
+
+int run(const Boxes& p, const int32_t* first, const int32_t* last, int64_t heads, const Pass& pass) {
+  Side tiles;
+  RowSide rows;
+  choose(p, first, last, &tiles);
+  measure(p, first, last, &rows);
+  bool by_rows = p.across ? p.across == 2 : fits(rows.room) && rows.cost < tiles.cost;
+  return by_rows ? run_rows(p, rows, heads, pass) : run_tiles(p, tiles, heads, pass);
 }
 
 }  // namespace
@@ -128,9 +153,7 @@ int run(const Boxes& p, const Side& side, int64_t heads, Run tile) {
 EXPORT int saccade_boxes(const Boxes* p) {
   if (!sound(*p)) return 2;
   try {
-    Side queries;
-    choose(*p, p->first, p->last, &queries);
-    return run(*p, queries, p->heads, engine->boxes.forward);
+    return run(*p, p->first, p->last, p->heads, {engine->boxes.forward, engine->box_rows.forward});
   } catch (const std::bad_alloc&) {
     return 1;
   }
@@ -139,14 +162,13 @@ EXPORT int saccade_boxes(const Boxes* p) {
 EXPORT int saccade_boxes_backward(const Boxes* p) {
   if (!sound(*p)) return 2;
   try {
-    Side queries, keys;
-    choose(*p, p->first, p->last, &queries);
-    if (run(*p, queries, p->heads, engine->boxes.backward_queries)) return 1;
+    Pass queries{engine->boxes.backward_queries, engine->box_rows.backward_queries};
+    Pass keys{engine->boxes.backward_keys, engine->box_rows.backward_keys};
+    if (run(*p, p->first, p->last, p->heads, queries)) return 1;
     int64_t total = p->size[0] + p->size[1] + p->size[2];
     std::vector<int32_t> first(total), last(total);
     turn(*p, &first, &last);
-    choose(*p, first.data(), last.data(), &keys);
-    return run(*p, keys, p->kv_heads, engine->boxes.backward_keys);
+    return run(*p, first.data(), last.data(), p->kv_heads, keys);
   } catch (const std::bad_alloc&) {
     return 1;
   }

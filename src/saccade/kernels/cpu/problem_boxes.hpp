@@ -18,6 +18,7 @@ struct Boxes {
   const float *grad_out, *grad_lse;  // backward: [B, H, N, E], and [B, H, N] or null
   float* delta;                      // [B, H, N], written and read again
   float *dq, *dk, *dv;               // [B, H, N, D], [B, G, N, D], [B, G, N, E]
+  int32_t across;                    // the lanes: 0 what is cheaper, 1 compact tiles, 2 rows
 };
 
 // `count` tokens of an axis, start, start + dilation ..., side by side across the lanes; all they see is low .. high.
@@ -35,11 +36,39 @@ struct Tiling {
   uint32_t lanes[3][16];  // lanes[i][c]: a bit for each lane whose token is the c-th of its strip on axis i
 };
 
+// The tokens of a grid that share their remainders along all axes: a grid without gaps. Its rows run along the last axis.
+struct Sheet {
+  int64_t start, step[3];  // number of its first token, and from neighbour to neighbour
+  int64_t size[3];
+  const int32_t *first[3], *last[3];  // of this side: what a query sees, or by whom a key is seen
+};
+
+// A unit of work on rows: of a sheet, the rows from .. to - 1 (counted over the first two axes), columns left .. right - 1.
+struct SheetPart {
+  Sheet sheet;
+  int64_t from, to, left, right;
+};
+
+// What rows need room for, at most: the other side's planes and rows that a group of rows sees, and its columns that all
+// columns of a part see, or one.
+struct Room {
+  int64_t planes, rows, columns, longest;
+};
+
 struct BoxesEngine {
   int64_t (*scratch)(const Boxes&);  // bytes per thread
   void (*forward)(const Boxes&, const Tiling&, char* scratch, int64_t b, int64_t h, int64_t tile);
   void (*backward_queries)(const Boxes&, const Tiling&, char* scratch, int64_t b, int64_t h, int64_t tile);
   void (*backward_keys)(const Boxes&, const Tiling&, char* scratch, int64_t b, int64_t g, int64_t tile);
+};
+
+// The same with a row of tokens across the lanes.
+struct RowsEngine {
+  int64_t group;                                 // rows that are worked on together
+  int64_t (*scratch)(const Boxes&, const Room&);  // bytes per thread
+  void (*forward)(const Boxes&, const Room&, const SheetPart&, char* scratch, int64_t b, int64_t h);
+  void (*backward_queries)(const Boxes&, const Room&, const SheetPart&, char* scratch, int64_t b, int64_t h);
+  void (*backward_keys)(const Boxes&, const Room&, const SheetPart&, char* scratch, int64_t b, int64_t g);
 };
 
 }  // namespace saccade

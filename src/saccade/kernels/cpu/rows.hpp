@@ -50,4 +50,55 @@ INLINE bool has_poison(const float* row, int64_t dim) {  // NaN or infinity
   return sum != 0;  // NaN compares unequal to everything
 }
 
+template <int32_t STORAGE>
+INLINE vf load_stored(const char* row, int64_t d) {
+  if constexpr (STORAGE == FP32) return load(reinterpret_cast<const float*>(row) + d);
+  vh half = *reinterpret_cast<const vh_any*>(row + 2 * d);
+  return STORAGE == BF16 ? widen_bf16(half) : widen_fp16(half);
+}
+
+template <int32_t STORAGE>
+static __attribute__((noinline)) void pack_stored(const char* const* rows, int64_t dim, float factor, float* out, int64_t next,
+                                                  int64_t ahead) {
+  int64_t d = 0;
+  for (; d + LANES <= dim; d += LANES) {
+    vf block[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) block[i] = load_stored<STORAGE>(rows[i], d);
+    if (ahead)
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) __builtin_prefetch(rows[i] + ahead + d * (STORAGE == FP32 ? 4 : 2));
+    transpose(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) store(out + (d + i) * next, block[i] * factor);
+  }
+  for (; d < dim; ++d)
+    for (int i = 0; i < LANES; ++i) out[d * next + i] = read(rows[i], d, STORAGE) * factor;
+}
+
+// Rows, one for each lane, times `factor`, across the lanes: out[d * next + lane]. Asks for what lies `ahead` bytes further.
+static void pack_rows(const char* const* rows, int32_t storage, int64_t dim, float factor, float* out, int64_t next,
+                      int64_t ahead = 0) {
+  if (storage == FP32) return pack_stored<FP32>(rows, dim, factor, out, next, ahead);
+  if (storage == BF16) return pack_stored<BF16>(rows, dim, factor, out, next, ahead);
+  pack_stored<FP16>(rows, dim, factor, out, next, ahead);
+}
+
+// The inverse, from [dim][LANES]; nothing is written where a row is null.
+static void unpack_rows(const float* columns, int64_t dim, vf factor, float* const* rows) {
+  int64_t d = 0;
+  for (; d + LANES <= dim; d += LANES) {
+    vf block[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) block[i] = load(columns + (d + i) * LANES) * factor;
+    transpose(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i)
+      if (rows[i]) store(rows[i] + d, block[i]);
+  }
+  for (; d < dim; ++d)
+    for (int i = 0; i < LANES; ++i)
+      if (rows[i]) rows[i][d] = columns[d * LANES + i] * factor[i];
+}
+
 }  // namespace saccade::SACCADE_ISA

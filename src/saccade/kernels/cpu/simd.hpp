@@ -46,6 +46,19 @@ INLINE vf exp2v(vf x) {
   return x < -126.0f ? vf{} : scaled;
 }
 
+// Natural logarithm to about the last bit, for normal numbers; NaN and infinity give NaN.
+INLINE vf logv(vf x) {
+  vi exponent = ((vi)x - 0x3f3504f3) >> 23;  // x = m * 2^exponent with m in [sqrt(1/2), sqrt(2))
+  vf m = (vf)((vi)x - (exponent << 23));
+  vf s = (m - 1.0f) / (m + 1.0f), square = s * s;  // log m = 2 artanh s, by its series
+  vf p = splat(2.0f / 9.0f);
+  p = p * square + 2.0f / 7.0f;
+  p = p * square + 2.0f / 5.0f;
+  p = p * square + 2.0f / 3.0f;
+  p = p * square + 2.0f;
+  return p * s + __builtin_convertvector(exponent, vf) * 0.693147181f + x * 0.0f;
+}
+
 // Left to itself the compiler widens 16 elements in two halves.
 INLINE vu widen_bits(vh x) {
 #if defined(__AVX512F__)
