@@ -16,12 +16,13 @@ from saccade.types import AttentionOutput, BlockLayout, Geometry, Kind, KVPages,
 if TYPE_CHECKING:
     from saccade.bench import compare
     from saccade.laws import verify
-    from saccade.plug import Recipe, apply, explain
+    from saccade.plug import PagedCache, Recipe, apply, explain
     from saccade.tune import tune
 
 __version__ = "0.1.0"
 
 _LATER = {
+    "PagedCache": "saccade.plug",
     "Recipe": "saccade.plug",
     "apply": "saccade.plug",
     "compare": "saccade.bench",
@@ -31,8 +32,8 @@ _LATER = {
 }
 
 __all__ = [
-    "Attention", "AttentionOutput", "BlockLayout", "Card", "Geometry", "KVPages", "Kind", "Pattern", "Recipe",
-    "TokenIndex", "apply", "attend", "block_attend", "cards", "compare", "decode_attend", "explain", "gather_attend",
+    "Attention", "AttentionOutput", "BlockLayout", "Card", "Geometry", "KVPages", "Kind", "PagedCache", "Pattern",
+    "Recipe", "TokenIndex", "apply", "attend", "block_attend", "cards", "compare", "decode_attend", "explain", "gather_attend",
     "get", "long_conv", "merge", "recording", "register", "scan", "search", "tune", "verify",
 ]  # fmt: skip
 

@@ -14,19 +14,26 @@ from saccade.plug.recipe import Choice, LayerRecipe, Recipe
 from saccade.plug.strict_json import RecipeError
 
 if TYPE_CHECKING:
+    from saccade.plug.cache import PagedCache
     from saccade.plug.explanation import Explanation, explain
     from saccade.plug.observation import watch
     from saccade.plug.state import Observation
     from saccade.plug.transformers import Handle, apply, patchable_layers
 
 __all__ = [
-    "Choice", "Explanation", "Fingerprint", "Handle", "LayerRecipe", "Observation", "Recipe", "RecipeError", "apply",
-    "attention_layers", "explain", "fingerprint", "patchable_layers", "watch",
+    "Choice", "Explanation", "Fingerprint", "Handle", "LayerRecipe", "Observation", "PagedCache", "Recipe", "RecipeError",
+    "apply", "attention_layers", "explain", "fingerprint", "patchable_layers", "watch",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    homes = {"Explanation": "explanation", "explain": "explanation", "Observation": "state", "watch": "observation"}
+    homes = {
+        "Explanation": "explanation",
+        "explain": "explanation",
+        "Observation": "state",
+        "watch": "observation",
+        "PagedCache": "cache",
+    }
     homes |= dict.fromkeys(("Handle", "apply", "patchable_layers"), "transformers")
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,12 +12,16 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from saccade.ops import recording
+from saccade.plug.cache import LAYER
+from saccade.plug.cached import attend_cached
 from saccade.plug.fingerprint import fingerprint
 from saccade.plug.layers import INTERFACE, attention_layers, forward_globals
 from saccade.plug.masks import MaskPlan, Reading, UnreadableMaskError, build_plan, read_bare
@@ -181,10 +185,35 @@ def attention(
         state.observe(Observation(state.name, module, query, key, value, kwargs.get("scaling")))
     phase = "decode" if query.shape[2] == 1 else "prefill"
     started = time.perf_counter()
-    out, weights, reports = _run(state, state.routes.get(phase, ()), module, query, key, value, attention_mask, kwargs)
+    routes = state.routes.get(phase, ())
+    layer = getattr(key, LAYER, None)
+    if layer is None:
+        out, weights, reports = _run(state, routes, module, query, key, value, attention_mask, kwargs)
+    else:
+        out, weights, reports = _run_cached(layer, state, routes, module, query, key, value, attention_mask, kwargs)
     if state.keep_records and reports and not torch.compiler.is_compiling():
         state.last[phase] = CallReport(query.shape[2], key.shape[2], reports, time.perf_counter() - started)
     return out, weights
+
+
+def _run_cached(
+    layer: Any, state: LayerState, routes: tuple[Route, ...], module: nn.Module, query: Tensor, key: Tensor,
+    value: Tensor, mask: Any, kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None, list[HeadsReport]]:  # fmt: skip
+    """The layer's attention over a `PagedCache`, and what it read."""
+    reports = [replace(route.report(), rule=f"cache: {layer.policy!r}") for route in routes]
+
+    def prefill() -> Tensor:
+        out, _, reports[:] = _run(state, routes, module, query, key, value, mask, kwargs)
+        return out.transpose(1, 2)
+
+    extras = Extras(kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
+    window = kwargs.get("sliding_window")
+    with recording() as runs:
+        out = attend_cached(layer, query, key, value, mask, extras, window, routes, prefill)
+    for report in reports:
+        report.runs = report.runs or runs
+    return out.transpose(1, 2).contiguous(), None, reports
 
 
 def _run(

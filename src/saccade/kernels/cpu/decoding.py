@@ -64,11 +64,13 @@ def _packed(x: Tensor) -> Tensor:
 
 
 def _scales(scale: Tensor, zero: Tensor | None, dim: int, alive: list[Tensor]) -> Scales:
-    scale = scale.contiguous()
-    alive.append(scale)
+    scale = _packed(scale)  # pages of a store lie apart: a copy would be one of all that was ever reserved
     if zero is not None:
-        zero = zero.contiguous()
+        zero = _packed(zero)
+        if zero.stride() != scale.stride():
+            scale, zero = scale.contiguous(), zero.contiguous()
         alive.append(zero)
+    alive.append(scale)
     return Scales(
         scale.data_ptr(), None if zero is None else zero.data_ptr(), *scale.stride()[:2], dim // scale.shape[2]
     )

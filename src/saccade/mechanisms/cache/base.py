@@ -257,14 +257,15 @@ def received_attention(q: Tensor, store: KVStore, step: Step) -> Tensor:
     wide = q.reshape(batch, groups, heads // groups, queries, dim).to(dtype) * resolve_scale(step.scale, dim)
     rows = step.lse.view(batch, groups, heads // groups, queries, 1).to(dtype)
     rows = rows.masked_fill(rows == -torch.inf, torch.inf)  # a row that sees nothing gives nothing
-    keys = keys.to(dtype)[:, :, None].transpose(-1, -2)
+    keys = keys.to(dtype).transpose(-1, -2)
     slot = torch.arange(slots, device=q.device)
     place = torch.arange(queries, device=q.device) + store.lengths[..., None] - queries
     total = torch.zeros(batch, groups, slots, dtype=dtype, device=q.device)
     size = max(1, SCORE_ELEMENTS // max(1, batch * heads * slots))
     for start in range(0, queries, size):
         stop = min(start + size, queries)
-        weights = torch.exp(wide[..., start:stop, :] @ keys - rows[..., start:stop, :])
+        scores = (wide[..., start:stop, :].flatten(2, 3) @ keys).unflatten(2, (-1, stop - start))
+        weights = torch.exp(scores - rows[..., start:stop, :])
         hidden = slot > place[:, :, None, start:stop, None]
         total += weights.masked_fill(hidden, 0.0).sum((2, 3))
     return total

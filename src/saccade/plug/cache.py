@@ -1,0 +1,153 @@
+"""PagedCache: a transformers cache whose layers are governed by cache policies and really shrink.
+
+`update` only hands a layer's new keys and values on; Saccade's attention function, which a recipe puts into the model,
+finds the layer through them, stores the tokens, and lets decoding read the store in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from saccade.mechanisms.cache.base import CachePolicy, Step
+from saccade.plug.layers import attention_layers
+from saccade.plug.state import STATE
+
+LAYER = "_saccade_layer"
+"""Attribute of new keys that names their `PagedLayer`."""
+
+
+class PagedLayer(CacheLayerMixin):
+    """One layer of a `PagedCache`.
+
+    Args:
+        policy: What is kept, read and stored.
+        number: Which layer, from 0.
+        step: What all layers share.
+
+    Attributes:
+        store: The layer's `KVStore`.
+        length: Places so far, padding and what was evicted included: what masks count.
+    """
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, policy: CachePolicy, number: int, step: Step) -> None:
+        super().__init__()
+        self.policy = policy
+        self.number = number
+        self.step = step
+        self.reset()
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the last tokens can be taken back as if they had not come."""
+        return self.store.empty or self.store.complete
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.store = self.policy.store()
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the store lays itself out when the first tokens come."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Hand the new tokens on to the attention function, which stores them."""
+        key_states = key_states[:]  # another object in the same memory, to carry the attribute
+        setattr(key_states, LAYER, self)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Places so far."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that masks are for, and where they begin."""
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in earlier releases
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens, or above 0 all but the first so many."""
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.length - tokens_to_remove)
+        if count and not self.is_croppable:
+            raise ValueError(
+                f"crop({tokens_to_remove}): layer {self.number} has evicted tokens ({self.policy!r}), expected a "
+                "policy that keeps all where tokens are taken back (assisted generation)"
+            )
+        self.store.crop(count)
+        self.length -= min(count, self.length)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Entries in another order; what beams share stays shared."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each entry so many times."""
+        self.batch_select_indices(torch.arange(len(self.store.seen)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these entries."""
+        self.store = self.store.select(indices)
+
+
+class PagedCache(Cache):
+    """A cache for `model.generate(past_key_values=...)`: paged, ragged, and governed by policies.
+
+        with saccade.apply(model, recipe):
+            model.generate(**inputs, past_key_values=saccade.PagedCache(model, H2O(heavy=256, recent=256)))
+
+    Prefill attends as the recipe says. Each decoded token reads the store in place, as the policy's `read` says; after
+    the prompt and after each token what `keep` leaves out is evicted and its memory freed. Layers with a sliding window
+    of their own keep exactly that. Padding is not stored.
+
+    Args:
+        model: With a recipe applied, so that Saccade's attention runs in all its layers.
+        policy: For all layers, or one per layer.
+
+    Raises:
+        ValueError: If no recipe is applied to the model, or there are not as many policies as layers.
+    """
+
+    def __init__(self, model: nn.Module, policy: CachePolicy | Sequence[CachePolicy]) -> None:
+        config = getattr(model, "config", None)
+        modules = [m for m in attention_layers(model).values() if getattr(m, "layer_idx", None) is not None]
+        if config is None or not modules:
+            raise ValueError(f"model of type {type(model).__name__}: expected a transformers model with a cache")
+        self._modules = modules
+        self._check_applied()
+        count = int(config.get_text_config().num_hidden_layers)
+        policies = [policy] * count if isinstance(policy, CachePolicy) else list(policy)
+        if len(policies) != count or not all(isinstance(item, CachePolicy) for item in policies):
+            raise ValueError(f"policy={policy!r}: expected a CachePolicy, or one for each of {count} layers")
+        self.step = Step()
+        super().__init__(layers=[PagedLayer(item, number, self.step) for number, item in enumerate(policies)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the cache holds."""
+        return sum(layer.store.nbytes for layer in self.layers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """See `PagedLayer.update`; refused where another attention than Saccade's would get the tokens."""
+        self._check_applied()
+        if layer_idx == 0:
+            self.step.picked = None
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_applied(self) -> None:
+        if not all(STATE in module.__dict__ for module in self._modules):
+            raise ValueError("model: no recipe is applied, expected saccade.apply(model, recipe) before a PagedCache")
+
+
+__all__ = ["LAYER", "PagedCache", "PagedLayer"]

@@ -1,0 +1,145 @@
+"""`PagedCache` in `generate()`: the same tokens as dense at full budget, less memory below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from saccade.mechanisms.cache.base import CachePolicy, Everything, compose
+from saccade.mechanisms.cache.h2o import H2O
+from saccade.mechanisms.cache.sink_recent import SinkRecent
+from saccade.mechanisms.cache.storage import Storage
+from saccade.mechanisms.cache.tidal_decode import TidalDecode
+from saccade.plug import PagedCache, Recipe, apply, explain
+
+Build = Callable[..., Any]
+FULL = [
+    Everything(),
+    H2O(heavy=64, recent=64),
+    SinkRecent(sinks=4, recent=100),
+    TidalDecode(tokens=100, first_selection=0, reselection=None),
+]
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "dtype": torch.float32}
+
+
+def generate(model: Any, ids: Tensor, policy: CachePolicy | None = None, **options: Any) -> Tensor:
+    cache = None if policy is None else PagedCache(model, policy)
+    return model.generate(
+        ids, past_key_values=cache, max_new_tokens=12, min_new_tokens=12, do_sample=False, **options
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", FULL, ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize("settings", [None, {"engine": "saccade"}])
+def test_full_budget_gives_the_same_tokens(tiny: Build, ids: Tensor, policy: CachePolicy, settings: Any) -> None:
+    model = tiny()
+    expected = generate(model, ids)
+    with apply(model, Recipe.uniform(model, "dense", settings), strict=True):
+        assert torch.equal(generate(model, ids, policy), expected)
+        assert "decode_attend" in str(explain(model))
+    assert torch.equal(generate(model, ids), expected)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Gemma2", "Qwen3", "GptOss"])
+def test_models_with_windows_caps_and_sinks(tiny: Build, ids: Tensor, family: str) -> None:
+    extra = {"sliding_window": 16} if family != "Qwen3" else {}
+    model = tiny(family, attn_implementation="eager", **extra, **(EXPERTS if family == "GptOss" else {}))
+    expected = generate(model, ids)
+    with apply(model, Recipe.uniform(model, "dense")):
+        cache = PagedCache(model, Everything())
+        out = model.generate(ids, past_key_values=cache, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        assert torch.equal(out, expected)
+    windowed = [layer for layer in cache.layers if not layer.store.complete]
+    assert len(windowed) == {"Mistral": 2, "Qwen3": 0}.get(family, 1)
+    assert all(len(layer.store) == 16 for layer in windowed)
+
+
+@pytest.mark.parametrize("policy", [*FULL, H2O(heavy=4, recent=6), SinkRecent(sinks=2, recent=9)], ids=repr)
+def test_left_padded_batch_equals_one_by_one(tiny: Build, ids: Tensor, policy: CachePolicy) -> None:
+    model, short = tiny(), 23
+    padded, keep = ids.clone(), torch.ones_like(ids)
+    padded[1, : 40 - short] = 0
+    keep[1, : 40 - short] = 0
+    with apply(model, Recipe.uniform(model, "dense", {"engine": "saccade"})):
+        together = generate(model, padded, policy, attention_mask=keep)
+        assert torch.equal(together[:1], generate(model, ids[:1], policy))
+        assert torch.equal(together[1:, 40 - short :], generate(model, padded[1:, 40 - short :], policy))
+
+
+def test_a_policy_per_layer_evicts_after_the_prompt_and_while_decoding(tiny: Build, ids: Tensor) -> None:
+    model = tiny()
+    with apply(model, Recipe.uniform(model, "dense")):
+        cache = PagedCache(model, [H2O(heavy=3, recent=4), compose(keep=SinkRecent(2, 6), store=Storage(bits=8))])
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            assert [layer.store.lengths.unique().tolist() for layer in cache.layers] == [[7], [7]]
+            held = cache.nbytes
+            for _ in range(5):
+                model(ids[:, :1], past_key_values=cache)
+    assert cache.nbytes == held
+    assert cache.get_seq_length() == 45
+    assert cache.layers[1].store.seen.tolist() == [45, 45]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+def test_chunks_and_a_second_turn_equal_one_prompt(tiny: Build, ids: Tensor, family: str) -> None:
+    model = tiny(family, **({"sliding_window": 16} if family == "Mistral" else {}))
+    with apply(model, Recipe.uniform(model, "dense")), torch.no_grad():
+        expected = model(ids).logits
+        cache = PagedCache(model, Everything())
+        parts = [model(part, past_key_values=cache).logits for part in ids.split([17, 1, 20, 2], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-6)
+
+
+def test_beams_and_crop(tiny: Build, ids: Tensor) -> None:
+    model = tiny()
+    expected = generate(model, ids, num_beams=3)
+    with apply(model, Recipe.uniform(model, "dense")):
+        assert torch.equal(generate(model, ids, Everything(), num_beams=3), expected)
+        cache = PagedCache(model, Everything())
+        with torch.no_grad():
+            first = model(ids, past_key_values=cache).logits[:, -1]
+            cache.crop(-1)
+            assert cache.get_seq_length() == 39
+            again = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+            torch.testing.assert_close(again, first, rtol=0, atol=1e-6)
+            cache.batch_repeat_interleave(2)
+            cache.batch_select_indices(torch.tensor([3]))
+            after = model(ids[1:, :1], past_key_values=cache).logits
+            cache.reset()
+            whole = model(torch.cat([ids, ids[:, :1]], 1), past_key_values=cache).logits
+            torch.testing.assert_close(after[0, -1], whole[1, -1], rtol=0, atol=1e-6)
+
+
+def test_bad_use_raises_one_error_and_leaves_the_cache(tiny: Build, ids: Tensor) -> None:
+    model = tiny()
+    with pytest.raises(ValueError, match="model: no recipe is applied, expected saccade.apply"):
+        PagedCache(model, Everything())
+    with pytest.raises(ValueError, match="model of type Linear: expected a transformers model with a cache"):
+        PagedCache(torch.nn.Linear(2, 2), Everything())
+    with apply(model, Recipe.uniform(model, "dense")):
+        with pytest.raises(ValueError, match="expected a CachePolicy, or one for each of 2 layers"):
+            PagedCache(model, [Everything()])
+        cache = PagedCache(model, H2O(heavy=2, recent=2))
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            with pytest.raises(ValueError, match=r"crop\(-1\): layer 0 has evicted tokens \(H2O"):
+                cache.crop(-1)
+            with pytest.raises(ValueError, match="attention_mask of the caller's own .Tensor.: expected causal"):
+                model(
+                    ids, past_key_values=PagedCache(model, Everything()), attention_mask=torch.ones(2, 1, 40, 40).bool()
+                )
+    with pytest.raises(ValueError, match="model: no recipe is applied"):
+        model(ids[:, :1], past_key_values=cache)
+    sparse = {"window": 6, "sinks": 2, "block": 8}
+    with apply(model, Recipe.uniform(model, "sink_window", sparse)), torch.no_grad():
+        with pytest.raises(ValueError, match=r"mechanism='sink_window': .* H2O\(.*\) needs all"):
+            model(ids, past_key_values=PagedCache(model, H2O()))
+        cache = PagedCache(model, Everything())
+        model(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match="mechanism='sink_window': expected dense attention in the recipe where"):
+            model(ids[:, :1], past_key_values=cache)
