@@ -1,5 +1,16 @@
 """Measuring mechanisms and engines."""
 
-from saccade.bench.compare import Comparison, Row, compare, parse_mechanism, random_problem
+from saccade.bench.compare import Comparison, Problem, Row, compare, parse_mechanism, random_problem
+from saccade.bench.room import RoomComparison, RoomRow, compare_room
 
-__all__ = ["Comparison", "Row", "compare", "parse_mechanism", "random_problem"]
+__all__ = [
+    "Comparison",
+    "Problem",
+    "RoomComparison",
+    "RoomRow",
+    "Row",
+    "compare",
+    "compare_room",
+    "parse_mechanism",
+    "random_problem",
+]

@@ -19,6 +19,7 @@ from saccade.ops.dispatch import density_of
 from saccade.types import Geometry, Kind, Pattern
 
 COMPARABLE = (Kind.SELECTOR, Kind.SCORE, Kind.MIXER, Kind.INTERVENTION)
+CAUSAL = Geometry(causal=True)
 CROSSOVER_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
@@ -132,7 +133,7 @@ def compare(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = True,
+    geometry: Geometry = CAUSAL,
     scale: float | None = None,
     rounds: int = 5,
     crossover: bool = True,
@@ -145,7 +146,7 @@ def compare(
         q: `[B, H, N, D]`.
         k: `[B, G, N, D]`.
         v: `[B, G, N, E]`.
-        causal: Hide the future.
+        geometry: Causality and grid.
         scale: Factor on q k^T; None means D^-0.5.
         rounds: Counted rounds; the median is reported.
         crossover: Also look for the length from which each is faster than dense (takes longer).
@@ -159,8 +160,7 @@ def compare(
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: expected at least 1")
-    geometry = Geometry(causal=causal)
-    device = str(q.device)
+    device, causal = str(q.device), geometry.causal
     built = _build(mechanisms, q.shape[2], causal)
 
     whole = Problem(q, k, v, geometry, scale)
@@ -203,6 +203,11 @@ class Problem:
         return out
 
 
+def relative_error(out: Tensor, wanted: Tensor) -> float:
+    """Frobenius norm of the difference over that of `wanted`, in fp64."""
+    return float((out.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+
+
 def _build(mechanisms: Iterable[str], tokens: int, causal: bool) -> dict[str, Any]:
     """Label -> mechanism, for every setting asked for."""
     built: dict[str, Any] = {}
@@ -238,7 +243,7 @@ def _row(
     tokens = wanted.shape[2]
     if density is not None and causal:
         density *= 2 * tokens / (tokens + 1)
-    error = float((out.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+    error = relative_error(out, wanted)
     select = sum(record.select_seconds for record in records)
     seconds = median(times)
     return Row(label, error, seconds, select, base / seconds, peak_bytes(run, str(out.device)), density, crossover)

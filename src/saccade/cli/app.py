@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from saccade.cli import catalogue, work
+from saccade.cli import catalogue, comparing, work
 
 app = typer.Typer(
     name="saccade",
@@ -16,3 +16,4 @@ app = typer.Typer(
 )
 catalogue.add_commands(app)
 work.add_commands(app)
+comparing.add_commands(app)

@@ -1,4 +1,4 @@
-"""`saccade tune`, `run`, `compare` and `bench`: find a recipe, use it, and measure."""
+"""`saccade tune`, `run` and `bench`: find a recipe, use it, and measure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ def add_commands(app: typer.Typer) -> None:
     """Attach the commands of this file."""
     app.command("tune")(tune_command)
     app.command("run")(run_command)
-    app.command("compare")(compare_command)
     app.command("bench")(bench_command)
 
 
@@ -149,76 +148,6 @@ def run_command(
     wanted = None if recipe is None else Recipe.load(recipe)
     loaded, tokenizer = load_model(model, device, dtype)
     generate(loaded, tokenizer, text, wanted, tokens, explain_after=explain)
-
-
-def compare_command(
-    mechanisms: Annotated[list[str], typer.Argument(help="NAME, or NAME:setting=value,setting=value.")],
-    shape: Annotated[str, typer.Option(help="batch,heads,kv-heads,tokens,dim")] = "1,8,8,4096,64",
-    model: Annotated[str | None, typer.Option(help="Use a model's recorded q, k, v instead of a shape.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens recorded from the model.")] = 4096,
-    layer: Annotated[int, typer.Option(help="Layer of the model.")] = 0,
-    noncausal: Annotated[bool, typer.Option("--noncausal")] = False,
-    rounds: int = 5,
-    crossover: Annotated[bool, typer.Option("--crossover/--no-crossover")] = True,
-    device: str = "cpu",
-    plot: Annotated[Path | None, typer.Option(help="Write a plot of error against time to this file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
-) -> None:
-    """Compare mechanisms with dense attention on the same queries, keys and values."""
-    from saccade.bench import compare, parse_mechanism, random_problem
-
-    for text in mechanisms:
-        parse_mechanism(text)
-    scale = None
-    if model is None:
-        sizes = parse_shape(shape)
-        q, k, v = random_problem(sizes, device=device)
-        problem = f"random q, k, v of shape {shape}"
-    else:
-        from saccade.bench.record import record_layer
-
-        loaded, tokenizer = load_model(model, device)
-        q, k, v, scale = record_layer(loaded, tokenizer, context, layer)
-        problem = f"layer {layer} of {model} on {context:,} tokens of built-in text"
-    result = compare(
-        mechanisms, q, k, v, causal=not noncausal, scale=scale, rounds=rounds, crossover=crossover, problem=problem
-    )
-    if plot is not None:
-        from saccade.bench.plot import plot_comparison
-
-        plot_comparison(result, plot)
-    if as_json:
-        print(json.dumps(result.to_json(), indent=2))
-        return
-    columns = ("mechanism", "error", "time", "choosing", "speed-up", "memory", "density", "faster from")
-    table = Table(*columns, title=problem)
-    for row in (result.dense, *result.rows):
-        memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB"
-        density = "" if row.density is None else f"{row.density:.1%}"
-        table.add_row(
-            row.label, f"{row.error:.4f}", f"{row.seconds * 1e3:.1f} ms", f"{row.select_seconds * 1e3:.1f} ms",
-            f"{row.speedup:.2f}", memory, density, "" if row.crossover is None else f"{row.crossover:,}",
-        )  # fmt: skip
-    console.print(table)
-    console.print(f"{result.machine.processor}, {result.machine.threads} threads", highlight=False)
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-    """Five whole numbers.
-
-    Args:
-        text: They, with commas between.
-
-    Returns:
-        The numbers.
-
-    Raises:
-        ValueError: If they are not.
-    """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"shape={text!r}: expected batch,heads,kv-heads,tokens,dim as in 1,8,8,4096,64") from None
 
 
 def bench_command(

@@ -1,0 +1,257 @@
+"""Every mechanism of a room on the same work, beside random blocks and the best keys of the same density."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.bench.compare import Problem, relative_error
+from saccade.bench.measure import Machine, describe_machine, interleaved, median
+from saccade.catalog import cards
+from saccade.catalog.card import ROOMS, Card
+from saccade.ops import block_attend, recording
+from saccade.ops.dispatch import density_of
+from saccade.types import BlockLayout, Geometry, Kind, Pattern
+
+ORACLE_QUERIES = 256
+"""Queries, evenly spread, that the best keys are looked up for."""
+
+RANDOM_BLOCK = 64
+"""Tokens of a random block, a side."""
+
+COLUMNS = (
+    "mechanism", "settings", "density", "error", "worst", "error of the best keys", "of random blocks", "choosing",
+    "time", "speed-up",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RoomRow:
+    """One mechanism with one setting, over all problems.
+
+    Args:
+        mechanism: Registry name.
+        settings: Its hyperparameters, `name=value` with commas between.
+        density: Kept pairs over those that dense attention computes, mean.
+        error: Relative difference from dense attention, Frobenius norm, mean over the problems.
+        worst_error: The largest.
+        oracle_error: Mean error if each query had its highest-scoring keys, as many as that density allows.
+        random_error: Mean error of random blocks of that density, each query's own block among them.
+        select_seconds: Time of choosing what to compute, mean.
+        seconds: Time of a call, choosing included, mean.
+        speedup: Dense time over this time.
+    """
+
+    mechanism: str
+    settings: str
+    density: float
+    error: float
+    worst_error: float
+    oracle_error: float
+    random_error: float
+    select_seconds: float
+    seconds: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class RoomComparison:
+    """What `compare_room` measured.
+
+    Args:
+        problem: What the inputs are.
+        machine: Where.
+        dense_seconds: Mean time of dense attention.
+        rows: By mechanism and density.
+        left_out: Mechanisms of the room that could not be run, and why.
+    """
+
+    problem: str
+    machine: Machine
+    dense_seconds: float
+    rows: tuple[RoomRow, ...]
+    left_out: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "machine": self.machine.to_json(), "rows": [asdict(row) for row in self.rows]}
+
+    def markdown(self) -> str:
+        """The table, for a document."""
+        lines: list[tuple[str, ...]] = [COLUMNS, ("---",) * 2 + ("---:",) * (len(COLUMNS) - 2)]
+        lines += [("`" + row[0] + "`", *row[1:]) for row in map(cells, self.rows)]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cells(row: RoomRow) -> tuple[str, ...]:
+    """A row as text, in the order of the table."""
+    errors = (row.error, row.worst_error, row.oracle_error, row.random_error)
+    return (
+        row.mechanism, row.settings, f"{row.density:.1%}", *(f"{error:.3f}" for error in errors),
+        f"{row.select_seconds * 1e3:.0f} ms", f"{row.seconds * 1e3:.0f} ms", f"{row.speedup:.2f}",
+    )  # fmt: skip
+
+
+def compare_room(
+    room: str,
+    problems: Iterable[Problem],
+    *,
+    rounds: int = 3,
+    problem: str = "given tensors",
+    progress: Callable[[str], object] = str,
+) -> RoomComparison:
+    """Run every selector of a room, with each setting of its ladder, on the same problems.
+
+    Args:
+        room: Such as "where".
+        problems: Queries, keys and values with one geometry, such as those of several layers of a model.
+        rounds: Counted rounds on each problem; the median is taken.
+        problem: What the inputs are, for the heading.
+        progress: Told what has been done, in words.
+
+    Returns:
+        A row per mechanism and setting, averaged over the problems.
+
+    Raises:
+        ValueError: If `rounds` is less than 1, there are no problems, or nothing in the room can run on them.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}: expected at least 1")
+    given = list(problems)
+    if not given:
+        raise ValueError("problems: expected at least one")
+    if room not in ROOMS:
+        raise ValueError(f"room={room!r}: expected one of {', '.join(ROOMS)}")
+    with torch.no_grad():
+        built, left_out = _build(room, given[0])
+    if not built:
+        raise ValueError(f"room={room!r}: expected one with a mechanism that can run here, got {left_out}")
+    found: dict[tuple[str, str], list[RoomRow]] = {key: [] for key in built}
+    dense_seconds = []
+    with torch.no_grad():
+        for place, one in enumerate(given):
+            wanted, oracle = one.dense(), Oracle(one)
+            base = median(interleaved({"dense": one.dense}, rounds)["dense"])
+            dense_seconds.append(base)
+            for (name, settings), mechanism in built.items():
+                row = _measure(one, mechanism, wanted, oracle, base, rounds)
+                found[name, settings].append(replace(row, mechanism=name, settings=settings))
+                progress(f"problem {place + 1} of {len(given)}: {name}({settings})")
+    rows = sorted((_mean(rows) for rows in found.values()), key=lambda row: (row.mechanism, row.density))
+    return RoomComparison(problem, describe_machine(), statistics.fmean(dense_seconds), tuple(rows), left_out)
+
+
+def _build(room: str, problem: Problem) -> tuple[dict[tuple[str, str], Any], dict[str, str]]:
+    """(name, settings) -> mechanism for everything in the room that can run, and why the others cannot."""
+    built: dict[tuple[str, str], Any] = {}
+    left_out: dict[str, str] = {}
+    for card in (card for card in cards() if card.room == room):
+        reason = _why_not(card, problem.geometry)
+        if reason is not None:
+            left_out[card.name] = reason
+            continue
+        for settings in _settings(card, problem.q.shape[2]):
+            mechanism = card.build(**settings)
+            try:
+                problem.run(mechanism)
+            except ValueError as error:
+                left_out[card.name] = str(error)
+                break
+            built[card.name, ", ".join(f"{key}={value}" for key, value in settings.items())] = mechanism
+    return built, left_out
+
+
+def _settings(card: Card, tokens: int) -> Iterator[dict[str, Any]]:
+    yield from map(dict, card.ladder(tokens)) if card.ladder is not None else ({},)
+
+
+def _why_not(card: Card, geometry: Geometry) -> str | None:
+    pattern = Pattern.CAUSAL_SELF if geometry.causal else Pattern.NONCAUSAL_SELF
+    if card.kind is not Kind.SELECTOR:
+        return f"of kind {card.kind}: approximates no dense attention over given q, k, v"
+    if pattern not in card.patterns:
+        return f"not for {pattern} attention"
+    return None
+
+
+def _measure(one: Problem, mechanism: Any, wanted: Tensor, oracle: Oracle, base: float, rounds: int) -> RoomRow:
+    """One mechanism on one problem."""
+    with recording() as records:
+        out = one.run(mechanism)
+    error = relative_error(out, wanted)
+    density = density_of(records) or 0.0
+    if one.geometry.causal:
+        density *= 2 * one.k.shape[2] / (one.k.shape[2] + 1)
+    seconds = median(interleaved({"it": lambda: one.run(mechanism)}, rounds)["it"])
+    select = sum(record.select_seconds for record in records)
+    chosen = random_blocks(one.q, one.geometry, density)
+    random_error = relative_error(block_attend(one.q, one.k, one.v, chosen, scale=one.scale), wanted)
+    return RoomRow("", "", density, error, error, oracle.error(density), random_error, select, seconds, base / seconds)
+
+
+def _mean(rows: list[RoomRow]) -> RoomRow:
+    """The mean of a mechanism's rows on all problems, and its worst error."""
+    names = ("density", "error", "oracle_error", "random_error", "select_seconds", "seconds", "speedup")
+    means = {name: statistics.fmean(getattr(row, name) for row in rows) for name in names}
+    return replace(rows[0], worst_error=max(row.error for row in rows), **means)  # type: ignore[arg-type]
+
+
+def random_blocks(q: Tensor, geometry: Geometry, density: float, *, seed: int = 0) -> BlockLayout:
+    """Random key blocks for each head and query block, its own among them.
+
+    Args:
+        q: `[B, H, N, D]`, as many keys.
+        geometry: Whether causal.
+        density: Kept pairs over those that dense attention computes.
+        seed: Of the draw.
+
+    Returns:
+        The layout.
+    """
+    heads, tokens = q.shape[1:3]
+    blocks = -(-tokens // RANDOM_BLOCK)
+    score = torch.rand(1, heads, blocks, blocks, generator=torch.Generator().manual_seed(seed)).to(q.device)
+    score.diagonal(dim1=2, dim2=3).fill_(2.0)
+    place = torch.arange(blocks, device=q.device)
+    if geometry.causal:
+        score.masked_fill_(place > place[:, None], -1.0)
+    visible = place + 1 if geometry.causal else torch.full_like(place, blocks)
+    keep = (density * visible).round().clamp(min=1)
+    rank = score.argsort(dim=-1, descending=True).argsort(dim=-1)
+    sizes = (RANDOM_BLOCK, RANDOM_BLOCK, tokens, tokens)
+    layout = BlockLayout.from_block_mask(rank < keep[:, None], *sizes)
+    return layout.within(Geometry(causal=geometry.causal))
+
+
+class Oracle:
+    """Attention to each query's highest-scoring keys, on some queries: what no choice of keys of that size can beat.
+
+    Args:
+        problem: What to attend to.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        q, k, v = problem.q, problem.k, problem.v
+        tokens, shared = q.shape[2], q.shape[1] // k.shape[1]
+        last = torch.arange(1, min(ORACLE_QUERIES, tokens) + 1, device=q.device) * tokens // min(ORACLE_QUERIES, tokens)
+        scale = q.shape[3] ** -0.5 if problem.scale is None else problem.scale
+        k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
+        scores = (q[:, :, last - 1].float() @ k.float().transpose(2, 3)) * scale
+        self.visible = torch.full_like(last, tokens)
+        if problem.geometry.causal:
+            self.visible = last
+            scores = scores.masked_fill(torch.arange(tokens, device=q.device) >= last[:, None], -torch.inf)
+        self.scores, self.v = scores, v.float()
+        self.rank = scores.argsort(dim=-1, descending=True).argsort(dim=-1)
+        self.wanted = scores.softmax(-1) @ self.v
+
+    def error(self, density: float) -> float:
+        """Relative difference from dense attention if each query has this part of the keys it may see."""
+        keep = (density * self.visible).ceil().clamp(min=1)
+        kept = self.scores.masked_fill(self.rank >= keep[:, None], -torch.inf)
+        return relative_error(kept.softmax(-1) @ self.v, self.wanted)
