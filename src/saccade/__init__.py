@@ -33,8 +33,8 @@ _LATER = {
 
 __all__ = [
     "Attention", "AttentionOutput", "BlockLayout", "Card", "Geometry", "KVPages", "Kind", "PagedCache", "Pattern",
-    "Recipe", "TokenIndex", "apply", "attend", "block_attend", "cards", "compare", "decode_attend", "explain", "gather_attend",
-    "get", "long_conv", "merge", "recording", "register", "scan", "search", "tune", "verify",
+    "Recipe", "TokenIndex", "apply", "attend", "block_attend", "cards", "compare", "decode_attend", "explain",
+    "gather_attend", "get", "long_conv", "merge", "recording", "register", "scan", "search", "tune", "verify",
 ]  # fmt: skip
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from saccade.plug.transformers import Handle, apply, patchable_layers
 
 __all__ = [
-    "Choice", "Explanation", "Fingerprint", "Handle", "LayerRecipe", "Observation", "PagedCache", "Recipe", "RecipeError",
-    "apply", "attention_layers", "explain", "fingerprint", "patchable_layers", "watch",
+    "Choice", "Explanation", "Fingerprint", "Handle", "LayerRecipe", "Observation", "PagedCache", "Recipe",
+    "RecipeError", "apply", "attention_layers", "explain", "fingerprint", "patchable_layers", "watch",
 ]  # fmt: skip
 
 
