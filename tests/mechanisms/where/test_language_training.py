@@ -1,11 +1,14 @@
-"""SSA learns to recall: its choice of blocks beats as many random blocks."""
+"""Layers that choose learn to recall: their choice beats as many random blocks, or clusters."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from saccade.mechanisms.where.routing_attention import RoutingAttention
 from saccade.mechanisms.where.ssa import SSA
 
 TOKENS, NAME, LABELS, WIDTH = 33, 24, 4, 32
@@ -22,6 +25,14 @@ class RandomBlocks(SSA):
         return (rank.argsort(-1) < self.topk) & (block <= own)
 
 
+class RandomClusters(RoutingAttention):
+    """The same layer, whose clusters take tokens that are drawn."""
+
+    def _members(self, x: Tensor) -> Tensor:
+        drawn = torch.rand(*x.shape[:2], self.centroids.shape[1], x.shape[2])
+        return drawn.topk(min(self.window, x.shape[2]), -1).indices.sort(-1).values
+
+
 def recall_task(names: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Tokens with a name and a label in random order; the last one has a name and asks for its label."""
     order = torch.rand(count, TOKENS - 1, generator=generator).argsort(1)
@@ -36,8 +47,10 @@ def recall_task(names: Tensor, count: int, generator: torch.Generator) -> tuple[
     return x, labels[item, asked]
 
 
-def trained_accuracy(layer: SSA, steps: int = 350) -> float:
-    """Trained as the paper does, a mode drawn for each step; judged in sparse mode on new sequences."""
+def trained_accuracy(
+    layer: nn.Module, step: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]], steps: int = 350
+) -> float:
+    """Trained with `step(tokens, generator) -> output, loss to add`; judged by its plain call on new sequences."""
     generator = torch.Generator().manual_seed(0)
     names = torch.randn(TOKENS - 1, NAME, generator=generator) * 2 / NAME**0.5
     first, last = nn.Linear(NAME + LABELS + 1, WIDTH), nn.Linear(WIDTH, LABELS)
@@ -45,11 +58,12 @@ def trained_accuracy(layer: SSA, steps: int = 350) -> float:
     for _ in range(steps):
         x, label = recall_task(names, 48, generator)
         hidden = first(x)
-        out, alignment = layer.aligned(hidden, "full" if torch.rand((), generator=generator) < 0.5 else "sparse")
-        loss = nn.functional.cross_entropy(last((hidden + out)[:, -1]), label) + alignment
+        out, extra = step(hidden, generator)
+        loss = nn.functional.cross_entropy(last((hidden + out)[:, -1]), label) + extra
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    layer.eval()
     with torch.no_grad():
         x, label = recall_task(names, 512, torch.Generator().manual_seed(9))
         hidden = first(x)
@@ -57,10 +71,32 @@ def trained_accuracy(layer: SSA, steps: int = 350) -> float:
 
 
 @pytest.mark.slow
-def test_its_choice_beats_random_blocks() -> None:
+def test_the_choice_of_ssa_beats_random_blocks() -> None:
+    """Trained as the paper does, a mode drawn for each step, and judged in sparse mode."""
     accuracies = []
     for kind in (SSA, RandomBlocks):
         torch.manual_seed(0)
-        accuracies.append(trained_accuracy(kind(WIDTH, heads=1, block=2, topk=4)))
+        layer = kind(WIDTH, heads=1, block=2, topk=4)
+
+        def step(hidden: Tensor, generator: torch.Generator, layer: SSA = layer) -> tuple[Tensor, Tensor]:
+            return layer.aligned(hidden, "full" if torch.rand((), generator=generator) < 0.5 else "sparse")
+
+        accuracies.append(trained_accuracy(layer, step))
     chosen, drawn = accuracies
     assert chosen > drawn + 0.25
+
+
+@pytest.mark.slow
+def test_learned_clusters_beat_random_ones() -> None:
+    accuracies = []
+    for kind in (RoutingAttention, RandomClusters):
+        torch.manual_seed(0)
+        layer = kind(WIDTH, heads=2, local_heads=0, clusters=4, window=9, shared=False, decay=0.99, scale=0.25)
+
+        def step(hidden: Tensor, _: torch.Generator, layer: RoutingAttention = layer) -> tuple[Tensor, Tensor]:
+            out, distance = layer.with_loss(hidden)
+            return out, 1e-4 * distance
+
+        accuracies.append(trained_accuracy(layer, step, steps=500))
+    chosen, drawn = accuracies
+    assert chosen > drawn + 0.25, accuracies
