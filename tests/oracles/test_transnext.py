@@ -24,8 +24,8 @@ def oracle(layer, x):
     batch, dim, height, width = x.shape
     depth, reach = dim // layer.heads, layer.window // 2
     known = layer.trained_grid or (height, width)
-    rows = cells(height, max(height // layer.reduction, 1))
-    columns = cells(width, max(width // layer.reduction, 1))
+    rows = cells(height, min(layer.pooled or max(height // layer.reduction, 1), height))
+    columns = cells(width, min(layer.pooled or max(width // layer.reduction, 1), width))
     out = torch.empty_like(x)
 
     def linear(name, token):
@@ -89,6 +89,7 @@ def build(**settings):
         ((3, 4), {"window": 5, "trained_grid": (7, 9)}),
         ((5, 7), {"reduction": 3, "window": 1}),
         ((1, 3), {"reduction": 4}),
+        ((2, 5), {"pooled": 3}),
     ],
 )
 def test_aggregated_attention_equals_the_paper(shape, settings):
@@ -134,6 +135,7 @@ def test_pooled_offsets_name_each_pair(size, pooled):
         ({"heads": 3}, "heads=3: expected a divisor of dim=4"),
         ({"window": 4}, "window=4: expected an odd number of pixels"),
         ({"reduction": 0}, "reduction=0: expected at least 1 pixel"),
+        ({"pooled": 0}, "pooled=0: expected None, or at least 1 key"),
         ({"trained_grid": (0, 3)}, r"trained_grid=\(0, 3\): expected None, or a height and a width"),
         ({"hidden": 0}, "hidden=0: expected at least 1 channel"),
     ],

@@ -31,7 +31,7 @@ from saccade.types import Kind, Pattern
             "with the same scores (`reduction` 1 there means no window and no pooling; here pooling by 1)."
         ),
         "Works on any size of map; the authors fix it when the layer is built. At least one pooled key.",
-        "Work is N^2 / reduction^2 for the pooled keys, N for the window.",
+        "Work is N^2 / reduction^2 for the pooled keys, or N with `pooled`; N for the window.",
     ),
     example={"dim": 16, "heads": 2, "reduction": 2, "hidden": 8},
 )
@@ -52,13 +52,14 @@ class TransNeXt(Layer):
         heads: H; divides C.
         window: Side of the window in pixels, odd.
         reduction: Side of the square of pixels that becomes one pooled key.
+        pooled: Pooled keys along each axis instead, whatever the size of the map (the authors' linear mode).
         trained_grid: Height and width of the map that offsets are measured by; None means that of each call.
         hidden: Hidden channels of the MLP.
         qkv_bias: Bias of the query, key and value projections.
     """
 
     def __init__(
-        self, dim: int, heads: int = 8, window: int = 3, reduction: int = 8,
+        self, dim: int, heads: int = 8, window: int = 3, reduction: int = 8, pooled: int | None = None,
         trained_grid: tuple[int, int] | None = None, hidden: int = 512, qkv_bias: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -66,11 +67,12 @@ class TransNeXt(Layer):
         require(heads >= 1 and dim % heads == 0, "heads", heads, f"a divisor of dim={dim}")
         require(window >= 1 and window % 2 == 1, "window", window, "an odd number of pixels")
         require(reduction >= 1, "reduction", reduction, "at least 1 pixel")
+        require(pooled is None or pooled >= 1, "pooled", pooled, "None, or at least 1 key")
         known = trained_grid is None or min(trained_grid) >= 1
         require(known, "trained_grid", trained_grid, "None, or a height and a width of at least 1")
         require(hidden >= 1, "hidden", hidden, "at least 1 channel")
         self.dim, self.heads, self.window, self.reduction = dim, heads, window, reduction
-        self.trained_grid, depth = trained_grid, dim // heads
+        self.pooled, self.trained_grid, depth = pooled, trained_grid, dim // heads
         self.query = nn.Linear(dim, dim, bias=qkv_bias)
         self.key_value = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.reduce = nn.Linear(dim, dim)
@@ -89,7 +91,7 @@ class TransNeXt(Layer):
         """Feature map `[B, C, height, width]` to the same shape, any height and width."""
         (x,) = inputs
         check_map(x, self.dim)
-        pooled = max(x.shape[2] // self.reduction, 1), max(x.shape[3] // self.reduction, 1)
+        pooled = (self._cells(x.shape[2]), self._cells(x.shape[3]))
         q = nn.functional.normalize(self._split(on_channels(self.query, x)), dim=-1)
         inside = self._near(x.new_ones(1, 1, *x.shape[2:]), 1)[0, 0, ..., 0] > 0  # [N, window^2]
         keys = (inside.sum(-1, keepdim=True) + pooled[0] * pooled[1]).to(x.dtype)
@@ -104,6 +106,10 @@ class TransNeXt(Layer):
         out = merge([(near, scores.logsumexp(-1).to(far_lse.dtype)), (far, far_lse)]).out
         out = out + ((q @ self.tokens + self.token_bias)[..., None, :] @ near_v)[..., 0, :]
         return on_channels(self.projection, out.mT.flatten(1, 2).unflatten(2, x.shape[2:]))
+
+    def _cells(self, size: int) -> int:
+        """Pooled keys along an axis of this many pixels, at most as many."""
+        return max(size // self.reduction, 1) if self.pooled is None else min(self.pooled, size)
 
     def _split(self, x: Tensor) -> Tensor:
         """`[B, C, y, x]` to `[B, H, y * x, D]`."""

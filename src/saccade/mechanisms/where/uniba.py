@@ -29,8 +29,8 @@ from saccade.types import BlockLayout, Geometry, Kind, Pattern, TokenIndex
     complexity="N",
     deviations=(
         (
-            "The pattern alone, for any q, k, v: without the learned embedding that tells keys of the four blocks "
-            "apart, and which would not be one for each key."
+            "The pattern alone, for any q, k, v; with the embeddings that tell keys of the four blocks apart it is the "
+            "layer `uniba_attention`, which can also work row by row."
         ),
         (
             "Blocks at the border have fewer neighbours; the authors put the block itself in their place, so that it "
