@@ -15,7 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "sanitize"
 ENGINES = ["tests/kernels", "tests/ops", "-k", "not compil"]
-LAWS = ["tests/laws/test_laws.py", "-k", "(sink_window or moba or neighborhood or lightning2) and not -11 and not -14"]
+MECHANISMS = "(sink_window or moba or neighborhood or lightning2) and not vmoba"
+LAWS = ["tests/laws/test_laws.py", "-k", f"{MECHANISMS} and not -11 and not -14"]
 THREADS = (1, 2, 7)
 SETS = "from saccade.kernels import cpu; print(*(name for name in cpu.INSTRUCTION_SETS if cpu.use(name)))"
 
