@@ -56,6 +56,20 @@ def test_ratios_say_how_much_longer_the_peers_take(clock):
     assert outcome.to_json()["ratios"] == outcome.ratios
 
 
+def test_the_middle_half_of_the_rounds_is_told(clock):
+    work = clock.work(2.0)
+    varying = iter([9.0] * 2 + [1.0, 2.0, 3.0, 4.0, 5.0])  # the comparison of results, the warm-up, the rounds
+
+    def slow() -> torch.Tensor:
+        return clock.call(next(varying))()
+
+    work.peers["slow"] = Peer(slow, 2.0)
+    outcome = run_case(Case("a", lambda: work), 5, steady)
+    assert outcome.spreads == {"": (2.0, 2.0), "slow": (2.0, 4.0)}
+    assert outcome.rows()[0][2] == "2000.00 ms (2000.00 to 2000.00)"
+    assert outcome.rows()[0][6] == "3.00x (2.00 to 4.00)"
+
+
 def test_a_share_of_a_peers_time_is_what_counts(clock):
     work = clock.work(2.0)
     work.peers["quarter"] = Peer(clock.call(4.0), 0.25, same=False)

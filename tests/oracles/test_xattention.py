@@ -100,12 +100,13 @@ def test_antidiagonal_selection(settings: dict[str, float], shape: tuple[int, ..
     torch.testing.assert_close(mechanism(q, k, v, geometry=geometry), attention(q, k, v, mask), atol=1e-10, rtol=0)
 
 
-def test_work_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, _ = random_qkv(1, 4, 2, 60, 60)
+@pytest.mark.parametrize(("queries", "keys"), [(60, 60), (61, 90), (90, 61), (5, 64), (64, 5)])
+def test_single_precision_chooses_as_double_does(queries: int, keys: int) -> None:
+    """In fp64 the estimate runs on portable code, in fp32 on the C++ engine where it is there."""
+    q, k, _ = random_qkv(1, 4, 2, queries, keys)
     mechanism = XAttention(threshold=0.6, stride=4, block=8)
-    whole = mechanism.pattern(q, k, CAUSAL).to_dense()
-    monkeypatch.setattr("saccade.mechanisms.where.xattention.CHUNK_SCORES", 1)
-    assert torch.equal(mechanism.pattern(q, k, CAUSAL).to_dense(), whole)
+    exact = mechanism.pattern(q, k, CAUSAL).to_dense()
+    assert torch.equal(mechanism.pattern(q.float(), k.float(), CAUSAL).to_dense(), exact)
 
 
 def test_known_by_hand() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ from saccade.types import BlockLayout, Geometry
 
 KERNEL = 7
 
+CHOOSING: dict[str, dict[str, Any]] = {
+    "moba": {"chunk": 64, "topk": 16, "query_block": 64}, "moba per query": {}, "sparge": {}, "xattention": {},
+}  # fmt: skip
+"""Selectors, by the first word, and what differs from their papers' settings."""
+
 
 def cases(quick: bool) -> list[Case]:
     """Neighbourhoods, scans, index building."""
@@ -29,9 +35,9 @@ def cases(quick: bool) -> list[Case]:
         name = f"scan scalar decay N={tokens:,} D=64 {dtype} forward"
         found.append(Case(name, partial(_scan, tokens, DTYPES[dtype])))
     tokens = 1024 if quick else 16384
-    for selector, settings in (("moba", {"chunk": 64, "topk": 16, "query_block": 64}), ("sparge", {})):
-        name = f"choosing {selector} N={tokens:,} D=64 fp32"
-        found.append(Case(name, partial(_choosing, tokens, selector, settings)))
+    for label, settings in CHOOSING.items():
+        name = f"choosing {label} N={tokens:,} D=64 fp32"
+        found.append(Case(name, partial(_choosing, tokens, label.split(" ")[0], settings)))
     return found
 
 
@@ -63,10 +69,10 @@ def _scan(tokens: int, dtype: torch.dtype) -> Work:
     return Work(ours, others, 4.0 * HEADS * tokens * 64 * 64)
 
 
-def _choosing(tokens: int, selector: str, settings: dict[str, int]) -> Work:
+def _choosing(tokens: int, selector: str, settings: dict[str, Any]) -> Work:
     """From queries and keys to a finished layout, against a twentieth of dense attention."""
     q, k, v = qkv(tokens, 64, torch.float32)
-    mechanism, geometry = get(selector).build(**settings), Geometry(causal=True)
+    mechanism, geometry = get(selector).target(**settings), Geometry(causal=True)
 
     def choose() -> Tensor:
         layout = mechanism.select(q, k, geometry)

@@ -149,6 +149,14 @@ def median(values: list[float]) -> float:
     return statistics.median(values)
 
 
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """The lower and the upper quartile: between them lies the middle half."""
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
 def _status_bytes(field: str) -> int:
     for line in _STATUS.read_text(encoding="utf-8").splitlines():
         if line.startswith(field + ":"):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.bench.measure import gemm_gflops, interleaved, median, peak_bytes
+from saccade.bench.measure import gemm_gflops, interleaved, median, peak_bytes, quartiles
 from saccade.ops import recording
 
 FEWEST_ROUNDS = 7
@@ -87,6 +87,7 @@ class Outcome:
         engine: Engines and implementations that ran.
         ours: Median seconds of one run.
         peers: Median seconds of each peer, its share counted.
+        spreads: Of the rounds' own ratios to each peer the lower and upper quartile; of ours under "", the seconds.
         errors: Relative difference of each peer's result from ours (Frobenius norm), where they compute the same.
         gflops: Useful 10^9 operations a second.
         gbytes: 10^9 bytes read a second.
@@ -100,6 +101,7 @@ class Outcome:
     engine: str = ""
     ours: float | None = None
     peers: dict[str, float] = field(default_factory=dict)
+    spreads: dict[str, tuple[float, float]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     gflops: float | None = None
     gbytes: float | None = None
@@ -117,6 +119,13 @@ class Outcome:
         """Plain data, with the ratios."""
         return asdict(self) | {"ratios": self.ratios}
 
+    def _between(self, name: str, factor: float = 1.0) -> str:
+        """The quartiles as a table shows them."""
+        if name not in self.spreads:
+            return ""
+        low, high = (factor * bound for bound in self.spreads[name])
+        return f" ({low:.2f} to {high:.2f})"
+
     def rows(self) -> list[tuple[str, ...]]:
         """For a table: a row per peer, the first with what is ours."""
         if self.ours is None:
@@ -129,12 +138,12 @@ class Outcome:
             (
                 name + DIFFERS * (self.errors.get(name, 0) > ALIKE),
                 f"{1e3 * seconds:.2f} ms",
-                f"{self.ratios[name]:.2f}x",
+                f"{self.ratios[name]:.2f}x{self._between(name)}",
             )
             for name, seconds in sorted(self.peers.items(), key=lambda item: item[1])
         ]
         lines += [(name, f"skipped: {reason}", "") for name, reason in self.skipped.items()]
-        head = (self.name + mark, self.engine, f"{1e3 * self.ours:.2f} ms", rate, memory)
+        head = (self.name + mark, self.engine, f"{1e3 * self.ours:.2f} ms{self._between('', 1e3)}", rate, memory)
         shown = [head, *[("",) * 5] * (len(lines) - 1)] if lines else [head]
         return [(*left[:4], *line, left[4]) for left, line in zip(shown, lines or [("", "", "")], strict=True)]
 
@@ -240,11 +249,16 @@ def _measure(name: str, work: Work, rounds: int) -> Outcome:
     calls = {"": work.ours} | {key: peer.call for key, peer in peers.items()}
     times = interleaved(calls, rounds, before=work.before)
     ours = median(times[""])
+    spreads = {
+        key: quartiles([peer.share * b / a for a, b in zip(times[""], times[key], strict=True)])
+        for key, peer in peers.items()
+    }
     return Outcome(
         name=name,
         engine=engine,
         ours=ours,
         peers={key: peer.share * median(times[key]) for key, peer in peers.items()},
+        spreads={"": quartiles(times[""]), **spreads},
         errors=errors,
         gflops=None if work.flops is None else work.flops / ours / 1e9,
         gbytes=None if work.bytes is None else work.bytes / ours / 1e9,

@@ -2,8 +2,8 @@
 
 Shapes: q `[n, m, D]`, k `[n, L, D]`, v `[n, L, E]`, mask bool `[n', m', L]` (True = attend) or None. n' divides n and
 m' divides m: each mask serves n / n' consecutive tiles, whose m rows are m / m' stacked copies of it; the common case
-is `[n or 1, m or 1, L]`. Everything runs and is returned in the accumulation dtype (fp32, or fp64 for fp64). Keys and
-values must be finite, also where masked: callers replace those that are not (0 * NaN is NaN).
+is `[n or 1, m or 1, L]`. Everything runs and is returned in the accumulation dtype (fp32, or fp64 for fp64). Values
+must be finite, also where masked, and in the backward keys too: callers replace those that are not (0 * NaN is NaN).
 
 The formulas, per row i with scores s, x = scale * q k^T:
 
@@ -55,12 +55,11 @@ def tile_forward(
         return q.new_zeros(*q.shape[:2], v.shape[2]), q.new_full(q.shape[:2], -torch.inf)
     scores = tile_scores(q, k, mask, scale, softcap)
     top = scores.amax(-1, keepdim=True)
-    if mask is not None:
-        top.masked_fill_(top == -torch.inf, 0.0)
+    top.masked_fill_(top == -torch.inf, 0.0)
     weights = scores.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)
     out = torch.bmm(weights, v)
-    out.div_(total if mask is None else total.masked_fill(total == 0, 1.0))
+    out.div_(total.masked_fill(total == 0, 1.0))
     return out, total.log_().add_(top).squeeze(-1)
 
 

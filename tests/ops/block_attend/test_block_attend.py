@@ -199,7 +199,9 @@ def test_seen_poison_stays_with_those_who_see_it():
     sees_key, sees_value = torch.zeros(2, 2, 4, 37, dtype=torch.bool)
     sees_key[1, :2], sees_value[1, 2:] = mask[0, :2, :, 9], mask[0, 2:, :, 20]
     bad = sees_key | sees_value
-    assert torch.equal(found.out.isnan().all(-1), bad)
+    assert torch.equal(found.out.isnan().all(-1), sees_key)
+    assert torch.equal(found.out.isnan().any(-1), bad)
+    assert torch.equal(found.out[..., 1].isnan(), bad)
     assert torch.equal(found.lse.isnan(), sees_key)
     torch.testing.assert_close(found.out[~bad], expected.out[~bad], rtol=0, atol=0)
     dq, dk, dv = torch.autograd.grad(found.out.sum(), inputs)

@@ -17,6 +17,7 @@ struct Scratch {
   float* keys;       // [TILE][dim], converted
   float* values;     // [TILE][value_dim], converted or paired
   float* zeros;      // [value_dim]
+  float* seen;       // [TILE][PANEL], -inf where a pair is hidden; only where values are poisoned
 };
 
 // Bytes of a thread's scratch; with `memory` also lays it out there (64-byte aligned).
@@ -35,6 +36,7 @@ static int64_t lay_out(const Attention& p, Scratch* scratch, char* memory) {
   s.keys = take(int64_t(TILE) * p.dim);
   s.values = take(int64_t(TILE) * p.value_dim);
   s.zeros = take(p.value_dim + LANES);
+  s.seen = take(int64_t(TILE) * PANEL);
   if (scratch) {
     *scratch = s;
     for (int64_t e = 0; e < p.value_dim + LANES; ++e) s.zeros[e] = 0;
@@ -155,7 +157,11 @@ class Unit {
         for (int j = 0; j < poisons; ++j) rows[poisoned[j]] = s.zeros;
         accumulate<Single>(rows, keys, int(p.value_dim), s.scores, factor, out);
       }
-      for (int j = 0; j < poisons; ++j) add_poison(value[poisoned[j]], s.scores + poisoned[j] * PANEL, out);
+      if (poisons && masked[n]) find_seen(from, height, start, keys, origin, bits);
+      for (int j = 0; j < poisons; ++j) {
+        const int64_t row = int64_t(poisoned[j]) * PANEL;
+        add_poison(value[poisoned[j]], s.scores + row, masked[n] ? s.seen + row : nullptr, out);
+      }
     }
   }
 
@@ -167,15 +173,23 @@ class Unit {
     return false;
   }
 
-  // Adds the weighted values of one row where the weight is not zero.
-  void add_poison(const float* value, const float* weights, float* out) {
+  // What is hidden, as the scores are where q.k = 0: a visible score may be -inf too.
+  void find_seen(int64_t from, int64_t height, int64_t start, int keys, int64_t origin, const uint8_t* bits) {
+    for (int64_t i = 0; i < int64_t(keys) * PANEL; i += LANES) store(s.seen + i, vf{});
+    if (p.bias) scores.transform(from, height, start, keys, s.seen, nullptr);
+    scores.mask(from, start, keys, origin, bits, s.seen);
+  }
+
+  // Adds the weighted values of one row where it is seen (null: everywhere), also where the weight is 0.
+  void add_poison(const float* value, const float* weights, const float* seen, float* out) {
     const char* row = reinterpret_cast<const char*>(value);
     for (int64_t e = 0; e < p.value_dim; ++e)
       for (int half = 0; half < 2; ++half) {
         float* place = out + e * PANEL + half * LANES;
         vf weight = load(weights + half * LANES), old = load(place);
         float x = paired ? read(row, e, BF16) : value[e];
-        store(place, weight != 0.0f ? old + weight * x : old);
+        const vi visible = seen ? load(seen + half * LANES) != -INF : ~vi{};
+        store(place, visible ? old + weight * x : old);
       }
   }
 

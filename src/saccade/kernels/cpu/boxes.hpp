@@ -340,7 +340,7 @@ class BoxTile {
       if (clean[j] == s.zeros)
         for (int e = 0; e < channels; ++e) {
           vf weight = load(weights + j * LANES), old = load(total + e * LANES);
-          store(total + e * LANES, weight != 0.0f ? old + weight * rows[j][e] : old);
+          store(total + e * LANES, visible(j) ? old + weight * rows[j][e] : old);
         }
   }
 

@@ -281,8 +281,8 @@ class Stream {
       start = start > low ? start : low;
       end = end < high ? end : high;
     }
-    if (start >= end) return;
     for (int64_t i = 0; i < u.count * vectors(channels) * LANES; ++i) outputs[i] = 0;
+    if (start >= end) return;
     for (int64_t e = 0; e < padded(channels); ++e) zeros[e] = 0;
     pack_queries();
     Batch batches[2];
@@ -565,6 +565,19 @@ class Stream {
     return any;
   }
 
+  // Whether a row of queries sees a key of the tile; a score of -inf does not tell, it may be visible.
+  bool sees(int64_t r, const Batch& batch, int j) const {
+    const int64_t at = batch.position[j];
+    if (at < lowest(r) || at > highest(r)) return false;
+    if (p.a.q_segments) {
+      const int32_t own = p.a.q_segments[u.b * p.a.q_segment_stride + query_of(r)];
+      if (own < 0 || p.a.kv_segments[u.b * p.a.kv_segment_stride + at] != own) return false;
+    }
+    if (!p.a.bias) return true;
+    const float* bias = p.a.bias + u.b * p.a.bias_stride[0] + head_of(r) * p.a.bias_stride[1] + query_of(r) * p.a.bias_stride[2];
+    return bias[at * p.a.bias_stride[3]] != -INF;
+  }
+
   float value_at(const Batch& batch, int j, int64_t e) const {
     return read_code(batch.value[j], e, p.a.value_dim, p.kv_storage, batch.value_scale[j], batch.value_zero[j], p.v_scales.group);
   }
@@ -582,7 +595,7 @@ class Stream {
     for (int j = 0; j < batch.count; ++j)
       for (int64_t r = 0; poisoned[j] && r < u.count; ++r) {
         const float weight = PER == 1 ? scores[r * SLICE + j] : read(reinterpret_cast<const char*>(weights + r * SLICE), j, BF16);
-        if (weight == 0) continue;
+        if (!sees(r, batch, j)) continue;
         for (int v = 0; v < count; ++v)
           for (int i = 0; i < LANES; ++i) {
             const int64_t e = place(channels, v) + i;
@@ -617,7 +630,6 @@ static void join(const Decode& p, const Part& u, const float* partials, int64_t 
     const float shift = high == -INF ? 0.0f : high;
     for (int64_t c = 0; c < parts; ++c) {
       const float sum = tops[c * partial_size + u.count];
-      if (sum == 0) continue;
       const float weight = exp2v(splat(tops[c * partial_size] - shift))[0];
       const float* part = partials + c * partial_size + r * stride;
       total += weight * sum;

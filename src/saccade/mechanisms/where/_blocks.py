@@ -10,6 +10,9 @@ from saccade.types import BlockLayout
 from saccade.types.bits import pack_bits, spread_rows, unique_rows
 from saccade.types.layout import FULL
 
+NO_LENGTH = 1e-12
+"""Vectors shorter than this count as so long, in a division by their length."""
+
 
 def mean_pool(x: Tensor, size: int) -> Tensor:
     """Mean of every block of `size` tokens of `[B, H, N, D]`: `[B, H, ceil(N / size), D]`, at least fp32."""
@@ -22,6 +25,20 @@ def mean_pool(x: Tensor, size: int) -> Tensor:
     if tokens % size:
         means[:, :, -1] = x[:, :, tokens - tokens % size :].mean(2)
     return means
+
+
+def mean_direction(x: Tensor, size: int) -> Tensor:
+    """Mean of the unit vectors of every block of `size` tokens; as `mean_pool`, without a copy of `x`."""
+    x = x.to(accumulation_dtype(x.dtype))
+    tokens, dim = x.shape[2:]
+    shares = torch.linalg.vector_norm(x, dim=-1).clamp_min_(NO_LENGTH).reciprocal_()
+    whole = tokens // size
+    blocks, weights = x[:, :, : whole * size].unflatten(2, (whole, size)), shares[:, :, : whole * size]
+    means = torch.matmul(weights.reshape(*x.shape[:2], whole, 1, size), blocks)[..., 0, :] / size
+    if tokens % size == 0:
+        return means
+    rest = shares[:, :, None, whole * size :] @ x[:, :, whole * size :]
+    return torch.cat([means, rest / (tokens % size)], 2).view(*x.shape[:2], -1, dim)
 
 
 def head_scores(q: Tensor, k: Tensor) -> Tensor:

@@ -82,11 +82,19 @@ class MoBA(Selector):
         queries, keys = q.shape[2], k.shape[2]
         block = (self.query_block, self.chunk)
         past, own = block_visibility(queries, keys, block, geometry.causal, q.device)
-        gates = head_scores(mean_pool(q, self.query_block), mean_pool(k, self.chunk))
-        best = gates.masked_fill(~past, -float("inf")).topk(min(self.topk - 1, past.shape[1]), -1).indices
-        chosen = torch.zeros_like(gates, dtype=torch.bool).scatter_(-1, best, value=True)
-        chosen = (chosen & past) | own
+        share = q.shape[1] // k.shape[1]
+        groups = zip(q.split(share, 1), k.split(1, 1), strict=True)  # one at a time stays in cache
+        chosen = torch.cat([self._chosen(*group, past, own) for group in groups], 1)
         if self.query_block == 1:
             return tiled_layout(chosen, self.tile, self.chunk, keys)
         columns, width = key_columns(keys, self.chunk, q.device)
         return BlockLayout.from_block_mask(chosen[..., columns], self.query_block, width, queries, keys)
+
+    def _chosen(self, q: Tensor, k: Tensor, past: Tensor, own: Tensor) -> Tensor:
+        """Bool `[B, heads, rows, chunks]` of the heads `q` that share the keys `k` `[B, 1, N, D]`."""
+        gates = head_scores(mean_pool(q, self.query_block), mean_pool(k, self.chunk))
+        best = (
+            gates.masked_fill_(~past, -float("inf")).topk(min(self.topk - 1, past.shape[1]), -1, sorted=False).indices
+        )
+        chosen = torch.zeros_like(gates, dtype=torch.bool).scatter_(-1, best, value=True)
+        return chosen.logical_and_(past).logical_or_(own)

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from saccade.catalog import register
 from saccade.mechanisms.base import ALL_PATTERNS, PLAIN, Selector, require
-from saccade.mechanisms.where._blocks import block_visibility, head_scores, mean_pool
+from saccade.mechanisms.where._blocks import block_visibility, head_scores, mean_direction, mean_pool
 from saccade.mechanisms.where._orders import hilbert_order
-from saccade.ops.checks import accumulation_dtype
 from saccade.types import AttentionOutput, BlockLayout, Geometry, Kind
 
 
@@ -110,8 +109,9 @@ class Sparge(Selector):
 
     def _varied(self, x: Tensor, size: int, geometry: Geometry) -> Tensor:
         """Blocks whose tokens do not resemble each other, or lie outside the grid: bool `[B, heads, blocks]`."""
-        direction = mean_pool(torch.nn.functional.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1), size)
-        varied = direction.square().sum(-1) <= self.similarity  # |mean direction|^2 = mean of all pairs' cosines
+        varied = (
+            mean_direction(x, size).square().sum(-1) <= self.similarity
+        )  # |mean direction|^2 = mean of all pairs' cosines
         if geometry.prefix:
             varied[..., : -(-geometry.prefix // size)] = True
         if geometry.suffix:

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from saccade.catalog import register
 from saccade.mechanisms.base import ALL_PATTERNS, Selector, require
-from saccade.mechanisms.where._blocks import block_visibility, head_scores
+from saccade.mechanisms.where._blocks import block_visibility
+from saccade.ops import attend
 from saccade.ops.checks import accumulation_dtype
 from saccade.types import BlockLayout, Geometry, Kind
-
-CHUNK_SCORES = 1 << 20
-"""Group scores that are held at a time."""
 
 
 def _ladder(n: int) -> tuple[dict[str, Any], ...]:
@@ -86,30 +84,35 @@ class XAttention(Selector):
         return BlockLayout.from_block_mask((heaviest & past) | kept, *block, queries, keys)
 
     def _weights(self, q: Tensor, k: Tensor, causal: bool) -> Tensor:
-        """Estimated attention of each block, `[B, H, query_blocks, key_blocks]`."""
-        offset, per_block = k.shape[2] - q.shape[2], self.block // self.stride
-        q_groups = self._groups(q).flip(-2).flatten(-2) * (q.shape[3] ** -0.5 / self.stride)
-        k_groups = self._groups(k).flatten(-2)
-        starts = torch.arange(k_groups.shape[2], device=k.device) * self.stride
-        beyond, real = starts >= k.shape[2], -(-q.shape[2] // self.stride)
-        step = max(CHUNK_SCORES // max(q.shape[0] * q.shape[1] * len(starts), 1) // per_block, 1) * per_block
-        parts = []
-        for first in range(0, max(q_groups.shape[2], 1), step):
-            rows = q_groups[:, :, first : first + step]
-            places = (torch.arange(rows.shape[2], device=q.device) + first) * self.stride + offset
-            last = (first + rows.shape[2] - 1) * self.stride + offset  # no row of this chunk sees a block behind it
-            seen = min(max(last // self.block + 1, 0) * per_block, len(starts)) if causal else len(starts)
-            hidden = beyond[:seen] | (starts[:seen] > places[:, None]) if causal else beyond
-            scores = head_scores(rows, k_groups[:, :, :seen])
-            weights = scores.masked_fill(hidden, -float("inf")).softmax(-1).nan_to_num(0.0)
-            weights[:, :, max(real - first, 0) :] = 0.0
-            blocks = (rows.shape[2] // per_block, per_block, seen // per_block, per_block)
-            part = weights.view(*weights.shape[:2], *blocks).sum((3, 5))
-            parts.append(torch.nn.functional.pad(part, (0, (len(starts) - seen) // per_block)))
-        return torch.cat(parts, 2)
+        """Estimated attention of each block, `[B, H, query_blocks, key_blocks]`.
+
+        It is exact attention of the groups of queries to the groups of keys, whose values say which block they are in.
+        """
+        per_block, offset = self.block // self.stride, k.shape[2] - q.shape[2]
+        queries, keys, blocks = (
+            -(-q.shape[2] // self.stride),
+            -(-k.shape[2] // self.stride),
+            -(-k.shape[2] // self.block),
+        )
+        window = None
+        if causal:  # group a sees the groups up to a + offset // stride, and the last group of keys may be beyond all
+            last = queries + offset // self.stride
+            keys = min(keys, max(last, 0))
+            window = (-1, last - keys)
+        member = torch.arange(keys, device=k.device)[:, None] // per_block == torch.arange(blocks, device=k.device)
+        scale, share, parts = q.shape[3] ** -0.5 / self.stride, q.shape[1] // k.shape[1], []
+        for head_q, head_k in zip(q.split(share, 1), k.split(1, 1), strict=True):  # one at a time stays in cache
+            k_groups = self._groups(head_k).flatten(-2)[:, :, :keys]
+            values = member.to(k_groups.dtype).expand(*k_groups.shape[:2], -1, -1)
+            parts.append(
+                attend(self._groups(head_q).flip(-2).flatten(-2), k_groups, values, window=window, scale=scale)
+            )
+        weights = torch.cat(parts, 1).nan_to_num(0.0)
+        padded = torch.nn.functional.pad(weights, (0, 0, 0, -queries % per_block))
+        return padded.unflatten(2, (padded.shape[2] // per_block, per_block)).sum(3)
 
     def _groups(self, x: Tensor) -> Tensor:
-        """Tokens in groups, padded with zeros to whole blocks: `[B, heads, groups, stride, D]`, at least fp32."""
+        """Tokens in groups, padded with zeros to a whole one: `[B, heads, groups, stride, D]`, at least fp32."""
         x = x.to(accumulation_dtype(x.dtype))
-        padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % self.block))
+        padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % self.stride)) if x.shape[2] % self.stride else x
         return padded.unflatten(2, (padded.shape[2] // self.stride, self.stride))

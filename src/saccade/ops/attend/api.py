@@ -121,7 +121,11 @@ def attend(
 
     Each score is `scale * q . k`, then capped, lowered by distance (`alibi`), biased and given to `score_mod`, in this
     order. A query that sees no key gives output 0, LSE -inf (its sink's logit, if it has one) and gradient 0. NaN and
-    inf in keys and values that no query sees reach neither outputs nor gradients; a query that does see one gives NaN.
+    inf in keys and values that a query does not see never reach it. What it does see gives what the formula gives: a
+    NaN score or one of +inf makes its output and LSE NaN; one of -inf has weight 0; a NaN or inf in a value makes that
+    channel NaN or inf, however small the weight (0 * inf is NaN). Their gradients, and those of the keys and values
+    that such queries see, are NaN or mean nothing; all others are as without it. With `score_mod`, `normalise` or
+    `dropout`, a query that sees a NaN or inf may be NaN throughout.
 
     Args:
         q: `[B, H, M, D]`, floating point.

@@ -40,6 +40,8 @@ class Rules:
     q_segments: Tensor | None = None
     kv_segments: Tensor | None = None
     alibi: Tensor | None = None
+    careful: bool = False
+    """Whether keys may be NaN or inf where `bias` hides them."""
 
 
 def plan(q: Tensor, k: Tensor, rules: Rules) -> Iterator[Chunk]:
@@ -101,13 +103,15 @@ def chunk_scores(
     if rules.alibi is not None:
         scores = sloped(scores, rules.alibi, chunk, total, length)
     if rules.bias is not None:
-        scores = scores + bias_slice(rules.bias, chunk).to(scores.dtype)
+        bias = bias_slice(rules.bias, chunk)
+        scores = scores + bias.to(scores.dtype)
+        scores = scores.masked_fill(bias == -torch.inf, -torch.inf) if rules.careful else scores
     mask = chunk_mask(chunk, total, length, rules.left, rules.right, rules.q_segments, rules.kv_segments, scores.device)
     return (scores if mask is None else scores.masked_fill_(~mask, -torch.inf)), tanh
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
-    """`out` `[B, H, M, E]` in the inputs' dtype and `lse` `[B, H, M]`. Keys and values must be finite where hidden."""
+    """`out` `[B, H, M, E]` in the inputs' dtype, `lse` `[B, H, M]`. Values must be finite, keys where a bias hides."""
     dtype = accumulation_dtype(q.dtype)
     (batch, heads, total, _), groups, length = q.shape, k.shape[1], k.shape[2]
     work = list(plan(q, k, rules))

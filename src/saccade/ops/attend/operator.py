@@ -1,21 +1,19 @@
 """`saccade::attend` and its backward: the part of `attend` that is made of tensors only, as `torch.library` operators.
 
-NaN and inf in hidden keys and values: if a result is not finite, the keys and values that are not finite are replaced
-by 0, the implementation runs again, and the rows that do see one of them, found by attending with q = k = 0 to a column
-that marks them, are set to NaN. The C++ engine needs none of this.
+NaN and inf: where a result or an input of the backward is not finite, `poison` does the work again with care. The C++
+engine's forward keeps hidden NaN and inf apart by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saccade.ops.attend import eager, flash, native
+from saccade.ops.attend import eager, flash, native, poison
 from saccade.ops.attend.eager import Rules
 from saccade.ops.checks import accumulation_dtype
 
@@ -59,14 +57,9 @@ def _attend(
         out, lse = FORWARDS[impl](q, k, v, rules)
         if impl == "cpu" or is_finite(out):
             return out, lse
-        bad = bad_tokens(k, v)
-        if not bool(bad.any()):
+        if not bool(bad_tokens(k, v).any()):
             return out, lse
-        out, lse = FORWARDS[impl](q, without(k, bad), without(v, bad), rules)
-        mark = bad[..., None].to(torch.float32)
-        near = replace(rules, alibi=None)  # no weight may vanish with distance
-        seen = eager.forward(torch.zeros_like(q[..., :1], dtype=torch.float32), torch.zeros_like(mark), mark, near)[0]
-        return out.masked_fill(seen > 0, torch.nan), lse.masked_fill(seen[..., 0] > 0, torch.nan)
+        return poison.forward(q, k, v, rules)
 
 
 def _attend_backward(
@@ -76,16 +69,22 @@ def _attend_backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rules = Rules(left, right, softcap, scale, workspace, bias, sinks, q_segments, kv_segments, alibi)
-    with no_autocast(q.device):
-        if not all(is_finite(x) for x in (q, k, v, grad_out)):
-            bad, dead = bad_tokens(k, v), lse == -torch.inf
-            q, grad_out, k, v = without(q, dead), without(grad_out, dead), without(k, bad), without(v, bad)
+
+    def run(
+        grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> poison.Grads:
         if impl == "sdpa" and grad_lse is None and not bias_grad:
-            grads = flash.backward(grad_out, q, k, v, out, lse, rules)
-        elif impl == "cpu" and not bias_grad:
-            grads = native.backward(grad_out, grad_lse, q, k, v, out, lse, rules)
+            return flash.backward(grad_out, q, k, v, out, lse, rules)
+        if impl == "cpu" and not bias_grad:
+            return native.backward(grad_out, grad_lse, q, k, v, out, lse, rules)
+        return eager.backward(grad_out, grad_lse, q, k, v, lse, rules, bias_grad)
+
+    with no_autocast(q.device):
+        finite = all(is_finite(x) for x in (q, k, v, grad_out)) and not bool(lse.isnan().any())
+        if not finite or (grad_lse is not None and not is_finite(grad_lse)):
+            grads = poison.backward(run, grad_out, grad_lse, q, k, v, out, lse, rules)
         else:
-            grads = eager.backward(grad_out, grad_lse, q, k, v, lse, rules, bias_grad)
+            grads = run(grad_out, grad_lse, q, k, v, out, lse)
     dq, dk, dv, dbias, dsinks = grads
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsinks is None else dsinks
 

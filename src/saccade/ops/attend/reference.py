@@ -49,6 +49,7 @@ def reference_attention(
         indices = torch.meshgrid(*(torch.arange(size, device=q.device) for size in shape), indexing="ij")
         scores = score_mod(scores, *indices)
     lse = torch.logsumexp(scores.masked_fill(~mask, -torch.inf), -1)
+    lse = lse.masked_fill(lse == torch.inf, torch.nan)  # a score of +inf leaves no weight defined
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(accumulate)[None, :, None].expand_as(lse))
     if normalise is not None:

@@ -54,7 +54,7 @@ def block_attend(
     """Softmax attention over the pairs of `layout`; nothing of size M x N exists, forward or backward.
 
     A row that sees nothing gives 0, lse -inf and gradient 0. NaN and inf in keys and values reach only the rows that
-    see them, which become NaN. Runs on any device; deterministic.
+    see them, as in `attend`. Runs on any device; deterministic.
 
     Args:
         q: `[B, H, M, D]`.

@@ -23,11 +23,14 @@ def eager_forward(
     """Out `[B, H, M, E]` and lse `[B, H, M]`, both in the accumulation dtype; layout and inputs are checked already."""
     if finite(k) and finite(v):
         return _forward(q, k, v, layout, scale, softcap, workspace)
-    bad = torch.stack([~torch.isfinite(k).all(-1), ~torch.isfinite(v).all(-1)], -1)
-    hidden = bad.any(-1, keepdim=True)
-    out, lse = _forward(q, k.masked_fill(hidden, 0), v.masked_fill(hidden, 0), layout, scale, softcap, workspace)
-    seen = sees(bad, layout, q.shape[1], workspace)
-    return out.masked_fill(seen.any(-1, keepdim=True), torch.nan), lse.masked_fill(seen[..., 0], torch.nan)
+    bad, poison = ~torch.isfinite(k).all(-1, keepdim=True), ~torch.isfinite(v)
+    v = v.masked_fill(poison, 0)  # 0 * NaN is NaN
+    out, lse = _forward(q, k.masked_fill(bad, 0), v, layout, scale, softcap, workspace)
+    bad_row = sees(bad, layout, q.shape[1], workspace)
+    if bool(bad_row.any()):  # their scores are what the bad keys give
+        true_out, true_lse = _forward(q, k, v, layout, scale, softcap, workspace, fuse=False)
+        out, lse = torch.where(bad_row, true_out, out), torch.where(bad_row[..., 0], true_lse, lse)
+    return (out.masked_fill(sees(poison, layout, q.shape[1], workspace), torch.nan) if bool(poison.any()) else out), lse
 
 
 def eager_backward(
@@ -58,9 +61,9 @@ def careful_backward(
     """
     empty = lse == -torch.inf
     usable = torch.isfinite(q).all(-1) & torch.isfinite(grad_out).all(-1) & torch.isfinite(delta) & ~lse.isnan()
-    bad_row = ~usable & ~empty
-    inert = bad_row | empty
     bad_key = ~(torch.isfinite(k).all(-1) & torch.isfinite(v).all(-1))[..., None]
+    bad_row = (~usable | sees(bad_key, layout, q.shape[1], workspace)[..., 0]) & ~empty
+    inert = bad_row | empty
     dq, dk, dv = run(
         grad_out.masked_fill(inert[..., None], 0), delta.masked_fill(inert, 0), q.masked_fill(inert[..., None], 0),
         k.masked_fill(bad_key, 0), v.masked_fill(bad_key, 0), lse.masked_fill(inert, torch.inf),
@@ -108,15 +111,23 @@ def _budget(device: torch.device, workspace: int) -> int:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, softcap: float | None, workspace: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    scale: float,
+    softcap: float | None,
+    workspace: int,
+    *,
+    fuse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`eager_forward` for finite keys and values."""
+    """`eager_forward` for finite values, and finite keys unless `fuse` is off."""
     dtype, (block_q, block_k) = accumulation_dtype(q.dtype), layout.block
     queries, keys, values = to_blocks(q, block_q), to_blocks(k, block_k), to_blocks(v, block_k)
     out = torch.zeros(len(queries), block_q, v.shape[3], dtype=dtype, device=q.device)
     lse = torch.full((len(queries), block_q, 1), -torch.inf, dtype=dtype, device=q.device)
     sharing = Sharing(layout, q.shape[0], q.shape[1], k.shape[1])
-    fused = can_fuse(q, v, softcap)
+    fused = fuse and can_fuse(q, v, softcap)
     height, width, size = sharing.stack * block_q, q.shape[3] + v.shape[3], dtype.itemsize
     tile_bytes = block_k * size * (2 * width + (0 if fused else height)) + 8 * block_q * block_k
     budget = _budget(q.device, workspace)

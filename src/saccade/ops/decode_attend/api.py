@@ -90,8 +90,9 @@ def decode_attend(
     """Softmax attention of the newest tokens of each sequence over its stored keys and values.
 
     The queries are the last M of what each key/value head has stored: with lengths L `[B, G]`, query i stands at place
-    i + L - M. A query that sees nothing gives output 0 and LSE -inf. NaN and inf in tokens that no query sees, in pages
-    past a head's length and in pages of nobody, never reach an output; a query that sees one gives NaN. No backward.
+    i + L - M. A query that sees nothing gives output 0 and LSE -inf. NaN and inf in tokens that a query does not
+    see, in pages past a head's length and in pages of nobody, never reach it; what it sees counts as in `attend`. No
+    backward.
 
     Args:
         q: `[B, H, M, D]`, floating point.

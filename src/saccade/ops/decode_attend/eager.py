@@ -51,15 +51,11 @@ def forward(
             mask = mask & (key >= place - left)
         if right >= 0:
             mask = mask & (key <= place + right)
-        bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))
-        poisoned = bool(bad.any())
-        if poisoned:
-            k, v = (x.masked_fill(bad[..., None], 0.0) for x in (k, v))
-        out, lse = tile_forward(tiles, k, v, mask, scale, softcap)
-        if poisoned:
-            seen = (mask & bad[:, None]).any(-1)
-            seen = seen.repeat(1, rows // seen.shape[1])
-            out, lse = out.masked_fill(seen[..., None], torch.nan), lse.masked_fill(seen, torch.nan)
+        poison = ~v.isfinite()
+        out, lse = tile_forward(tiles, k, v.masked_fill(poison, 0.0), mask, scale, softcap)
+        if bool(poison.any()):
+            seen = mask.expand(len(k), -1, -1).to(dtype) @ poison.to(dtype) > 0
+            out = out.masked_fill(seen.repeat(1, rows // seen.shape[1], 1), torch.nan)
         total = merge([total, (out, lse)])
     lse = tiles.new_empty(0) if total.lse is None else total.lse
     return total.out.view(batch, heads, queries, -1).to(q.dtype), lse.view(batch, heads, queries)

@@ -102,8 +102,8 @@ def gather_attend(
     """Softmax attention of each group of queries over its own list of keys.
 
     The cost is that of the listed pairs. Queries whose list is empty give output 0, LSE -inf (their sink's logit, if
-    there is one) and gradient 0. NaN and inf in keys and values that are in no list reach neither outputs nor
-    gradients. The backward adds in a fixed order.
+    there is one) and gradient 0. NaN and inf in keys and values reach only the queries that list them, as
+    in `attend`. The backward adds in a fixed order.
 
     Args:
         q: `[B, H, M, D]`, floating point.

@@ -99,9 +99,9 @@ class Lists:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lists: Lists, bad: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lists: Lists, poison: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`out` `[B, H, M, E]` in q's dtype and `lse` `[B, H, M]`; NaN in rows that see a token in `bad` `[B, G, N]`."""
+    """`out` `[B, H, M, E]` in q's dtype and `lse` `[B, H, M]`; NaN where `poison` `[B, G, N, E]` marks a value."""
     dtype = accumulation_dtype(q.dtype)
     tiles, keys, values = lists.stack(q), k.reshape(-1, k.shape[3]), v.reshape(-1, v.shape[3])
     out = q.new_zeros(*tiles.shape[:2], v.shape[3], dtype=dtype)
@@ -110,11 +110,9 @@ def forward(
         out[part], lse[part] = tile_forward(
             tiles[part], _rows(keys, gathered), _rows(values, gathered), mask, lists.scale, lists.softcap
         )
-        if bad is not None:
-            seen = (mask & bad.flatten()[gathered][:, None]).any(-1)
-            seen = seen.repeat(1, tiles.shape[1] // seen.shape[1])
-            out[part] = out[part].masked_fill(seen[..., None], torch.nan)
-            lse[part] = lse[part].masked_fill(seen, torch.nan)
+        if poison is not None:
+            seen = mask.to(dtype) @ _rows(poison.reshape(keys.shape[0], -1).to(dtype), gathered) > 0
+            out[part] = out[part].masked_fill(seen.repeat(1, tiles.shape[1] // seen.shape[1], 1), torch.nan)
     out, lse = lists.unstack(out), lists.unstack(lse[..., None])[..., 0]
     if sinks is not None:
         joint = torch.logaddexp(lse, sinks.to(dtype)[:, None])
@@ -149,6 +147,30 @@ def backward(
         dsinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
     dq = lists.unstack(dq).to(q.dtype).contiguous()
     return dq, dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype), dsinks
+
+
+def sees(flags: Tensor, lists: Lists) -> Tensor:
+    """Bool `[B, H, M]`: does a query see a key that is marked in bool `[B, G, N]`."""
+    some = torch.zeros(
+        lists.batch * lists.tile_heads * lists.groups,
+        lists.heads // lists.tile_heads * lists.group,
+        dtype=torch.bool,
+        device=flags.device,
+    )
+    for part, gathered, mask in lists.tiles(1, torch.float32):
+        seen = (mask & flags.flatten()[gathered][:, None]).any(-1)
+        some[part] = seen.repeat(1, some.shape[1] // seen.shape[1])
+    return lists.unstack(some[..., None])[..., 0]
+
+
+def seen_by(flags: Tensor, lists: Lists) -> Tensor:
+    """Bool `[B, G, N]`: is a key seen by a query that is marked in bool `[B, H, M]`."""
+    marked = lists.stack(flags[..., None])[..., 0]
+    some = torch.zeros(lists.batch * lists.kv_heads * lists.keys, dtype=torch.bool, device=flags.device)
+    for part, gathered, mask in lists.tiles(1, torch.float32):
+        rows = marked[part].view(len(gathered), -1, lists.group).any(1)
+        some[gathered[(mask & rows[..., None]).any(1)]] = True
+    return some.view(lists.batch, lists.kv_heads, lists.keys)
 
 
 def _rows(x: Tensor, rows: Tensor) -> Tensor:

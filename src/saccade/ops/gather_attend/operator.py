@@ -41,10 +41,10 @@ def lists_forward(
         out, lse = eager.forward(q, k, v, sinks, lists)
         if is_finite(out):
             return out, lse
-        bad = bad_tokens(k, v)
-        if not bool(bad.any()):
+        poison = ~v.isfinite()
+        if not bool((poison.any(-1) | ~k.isfinite().all(-1)).any()):
             return out, lse
-        return eager.forward(q, without(k, bad), without(v, bad), sinks, lists, bad)
+        return eager.forward(q, k, v.masked_fill(poison, 0.0), sinks, lists, poison)
 
 
 def lists_backward(
@@ -55,11 +55,32 @@ def lists_backward(
     *rules, out, lse = rest
     lists = _lists(q, k, indices, *rules)
     with no_autocast(q.device):
-        if not all(is_finite(x) for x in (q, k, v, grad_out)):
-            bad, dead = bad_tokens(k, v), lse == -torch.inf
-            q, grad_out, k, v = without(q, dead), without(grad_out, dead), without(k, bad), without(v, bad)
-        dq, dk, dv, dsinks = eager.backward(grad_out, grad_lse, q, k, v, sinks, out, lse, lists)
+        finite = all(is_finite(x) for x in (q, k, v, grad_out)) and not bool(lse.isnan().any())
+        if not finite or (grad_lse is not None and not is_finite(grad_lse)):
+            dq, dk, dv, dsinks = _careful_backward(grad_out, grad_lse, q, k, v, sinks, out, lse, lists)
+        else:
+            dq, dk, dv, dsinks = eager.backward(grad_out, grad_lse, q, k, v, sinks, out, lse, lists)
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
+
+
+def _careful_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor,
+    lse: Tensor, lists: Lists,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients that are NaN in rows that see something not finite, and for the keys that such rows see."""
+    bad_key, empty = bad_tokens(k, v), lse == -torch.inf
+    usable = q.isfinite().all(-1) & grad_out.isfinite().all(-1) & out.isfinite().all(-1) & lse.isfinite()
+    usable = usable if grad_lse is None else usable & grad_lse.isfinite()
+    bad = (~usable | eager.sees(bad_key, lists)) & ~empty
+    inert = bad | empty
+    dq, dk, dv, dsinks = eager.backward(
+        without(grad_out, inert), None if grad_lse is None else grad_lse.masked_fill(inert, 0.0), without(q, inert),
+        without(k, bad_key), without(v, bad_key), sinks, without(out, inert), lse.masked_fill(inert, -torch.inf), lists,
+    )  # fmt: skip
+    reached = eager.seen_by(bad, lists)[..., None]
+    dsinks = None if dsinks is None else dsinks.masked_fill(bad.any(2).any(0), torch.nan)
+    dq = dq.masked_fill(bad[..., None], torch.nan)
+    return dq, dk.masked_fill(reached, torch.nan), dv.masked_fill(reached, torch.nan), dsinks
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
