@@ -12,6 +12,7 @@ from saccade.mechanisms.where.dhsa import DHSA
 from saccade.mechanisms.where.flex_prefill import FlexPrefill
 from saccade.mechanisms.where.infllm_v2 import InfLLMV2
 from saccade.mechanisms.where.minference import MInference
+from saccade.mechanisms.where.mtraining_pattern import MTrainingPattern
 from saccade.mechanisms.where.pbs_attn import PBSAttn
 from saccade.mechanisms.where.sale import SALE
 from saccade.types import Geometry
@@ -26,6 +27,8 @@ MECHANISMS: list[Any] = [
     FlexPrefill(gamma=0.4, tau=0.9, block=BLOCK, min_budget=32),
     MInference(form="vertical_slash", vertical=60, slash=20, last_queries=32, sinks=2, local=8, block=BLOCK),
     MInference(form="block", topk=6, block=BLOCK),
+    MTrainingPattern(vertical=60, slash=20, last_queries=32, sinks=2, local=8, block=BLOCK),
+    MTrainingPattern(vertical=60, slash=60, mass=(0.8, 0.3), last_queries=32, block=BLOCK),
     PBSAttn(threshold=0.5, block=BLOCK, segment=2 * BLOCK),
     SALE(threshold=0.2, block_q=BLOCK, block_k=8, local=BLOCK),
 ]
