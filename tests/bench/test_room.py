@@ -33,6 +33,7 @@ def test_every_selector_of_the_room_has_rows_or_a_reason(compared):
     assert {"moba", "sink_window", "hyper_attention", "xattention"} <= shown
     assert "not for causal-self attention" in result.left_out["swin"]
     assert "of kind layer" in result.left_out["nsa"]
+    assert result.left_out["prefix_sharing"] == "its card has no ladder of settings"
     assert len(notes) == 2 * len(result.rows)
 
 

@@ -7,7 +7,16 @@ import threading
 import pytest
 
 from saccade.kernels import cpu
-from saccade.ops.dispatch import Implementation, RunRecord, choose, cpu_engine, is_recording, record, recording
+from saccade.ops.dispatch import (
+    Implementation,
+    RunRecord,
+    choose,
+    cpu_engine,
+    density_of,
+    is_recording,
+    record,
+    recording,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -78,3 +87,12 @@ def test_records_of_the_cpp_engine_say_the_instruction_set():
     assert str(records[0]) == ("attend:cpu" if cpu.missing() else f"attend:cpu ({cpu.instruction_set()})")
     assert str(records[1]) == "attend:eager"
     assert cpu_engine() == (cpu.missing() or cpu.instruction_set())
+
+
+def test_density_is_what_was_run_after_choosing_or_what_the_selector_says():
+    run = RunRecord
+    assert density_of([]) is None
+    assert density_of([run("attend", "eager", density=0.25), run("attend", "eager", density=0.5)]) == 0.75
+    chosen = [run("attend", "eager", density=1.0), run("select", "x"), run("block_attend", "eager", density=0.2)]
+    assert density_of(chosen) == 0.2
+    assert density_of([run("select", "x", density=0.3), run("attend", "eager", density=1.0)]) == 0.3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -155,7 +155,7 @@ def _build(room: str, problem: Problem) -> tuple[dict[tuple[str, str], Any], dic
         if reason is not None:
             left_out[card.name] = reason
             continue
-        for settings in _settings(card, problem.q.shape[2]):
+        for settings in card.ladder(problem.q.shape[2]):  # type: ignore[misc]
             mechanism = card.build(**settings)
             try:
                 problem.run(mechanism)
@@ -166,16 +166,14 @@ def _build(room: str, problem: Problem) -> tuple[dict[tuple[str, str], Any], dic
     return built, left_out
 
 
-def _settings(card: Card, tokens: int) -> Iterator[dict[str, Any]]:
-    yield from map(dict, card.ladder(tokens)) if card.ladder is not None else ({},)
-
-
 def _why_not(card: Card, geometry: Geometry) -> str | None:
     pattern = Pattern.CAUSAL_SELF if geometry.causal else Pattern.NONCAUSAL_SELF
     if card.kind is not Kind.SELECTOR:
         return f"of kind {card.kind}: approximates no dense attention over given q, k, v"
     if pattern not in card.patterns:
         return f"not for {pattern} attention"
+    if card.ladder is None:
+        return "its card has no ladder of settings"
     return None
 
 

@@ -138,7 +138,7 @@ def show_room(result: RoomComparison, markdown: Path | None, *, as_json: bool) -
     table = Table(*COLUMNS, title=result.problem)
     for row in result.rows:
         table.add_row(*cells(row))
-    console.print(table)
+    Console(width=max(console.width, 160)).print(table)
     for name, reason in result.left_out.items():
         console.print(f"[dim]{name}: {reason}[/]", highlight=False)
     console.print(

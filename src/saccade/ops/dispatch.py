@@ -58,14 +58,17 @@ def density_of(records: Iterable[RunRecord]) -> float | None:
     """Fraction of the pairs that a mechanism's call computed, from its records: what it says itself, else its engines.
 
     Args:
-        records: Of one call.
+        records: Of one call, in order; what a selector ran to choose comes before its own record.
 
     Returns:
         The fraction, or None where nothing says it.
     """
-    known = [record for record in records if record.density is not None]
-    own = [record for record in known if record.op == "select"]
-    return sum(record.density or 0.0 for record in own or known) if known else None
+    runs = list(records)
+    chosen = max((place for place, run in enumerate(runs) if run.op == "select"), default=-1)
+    if chosen >= 0 and runs[chosen].density is not None:
+        return runs[chosen].density
+    known = [run.density for run in runs[chosen + 1 :] if run.density is not None]
+    return sum(known) if known else None
 
 
 _records: ContextVar[list[RunRecord] | None] = ContextVar("saccade_records", default=None)
