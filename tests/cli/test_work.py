@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
@@ -11,6 +12,7 @@ pytest.importorskip("transformers")
 
 from typer.testing import CliRunner
 
+from saccade.bench import training
 from saccade.cli.app import app
 from saccade.plug import Recipe
 
@@ -66,7 +68,7 @@ def test_run_generates_with_a_recipe(saved, byte_model, tmp_path):
         (["run", "MODEL", "--prompt", "x", "--dtype", "int4"], "dtype='int4': expected one of float32"),
         (["compare", "sink_window", "--shape", "1,2"], "shape=(1, 2): expected five sizes"),
         (["compare", "sink_window", "--shape", "a"], "shape='a': expected batch,heads,kv-heads,tokens,dim"),
-        (["bench", "everything"], "what='everything': expected ops or machine"),
+        (["bench", "everything"], "what='everything': expected ops, training or machine"),
     ],
 )
 def test_bad_input_is_one_clear_error(saved, arguments, words, monkeypatch):
@@ -97,3 +99,16 @@ def test_the_machine_is_shown():
     result = runner.invoke(app, ["bench", "machine", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.output)["machine"]["cores"] >= 1
+
+
+def test_what_learning_to_choose_is_worth(monkeypatch):
+    monkeypatch.setattr("saccade.bench.training.CASES", {"moba": training.CASES["moba"]})
+    monkeypatch.setattr("saccade.bench.training.HELD_OUT", 4)
+    monkeypatch.setattr("saccade.bench.training.recall", partial(training.recall, pairs=8, batch=2))
+    result = runner.invoke(app, ["bench", "training", "--quick", "--json"])
+    assert result.exit_code == 0, result.output
+    (case,) = json.loads(result.output)["cases"]
+    assert case["name"] == "moba"
+    assert case["margin"] == case["chosen"] - case["drawn"]
+    table = runner.invoke(app, ["bench", "training", "--quick", "--only", "none of them"])
+    assert table.exit_code == 0, table.output

@@ -151,25 +151,37 @@ def run_command(
 
 
 def bench_command(
-    what: Annotated[str, typer.Argument(help="ops: the engines against PyTorch; machine: this machine.")] = "ops",
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="ops: engines against PyTorch; training: trainable selectors against random blocks; machine: this one."
+        ),
+    ] = "ops",
     as_json: Annotated[bool, typer.Option("--json")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes only: a smoke run, not a measurement.")] = False,
     only: Annotated[str | None, typer.Option(help="Cases whose name this regular expression is found in.")] = None,
     rounds: Annotated[int, typer.Option(help="Counted rounds of each case; the median counts.")] = 7,
 ) -> None:
-    """Measure the engines against PyTorch's own attention in interleaved rounds."""
+    """Measure the engines against PyTorch's own attention in interleaved rounds, or what a learned choice is worth."""
     from saccade.bench.measure import describe_machine
     from saccade.bench.ops import COLUMNS, bench_ops
+    from saccade.bench.training import COLUMNS as TRAINING_COLUMNS
+    from saccade.bench.training import bench_training
 
-    if what not in ("ops", "machine"):
-        raise ValueError(f"what={what!r}: expected ops or machine")
-    machine = describe_machine().to_json()
-    outcomes = bench_ops(quick=quick, only=only, rounds=rounds, progress=_said) if what == "ops" else []
+    if what not in ("ops", "training", "machine"):
+        raise ValueError(f"what={what!r}: expected ops, training or machine")
+    machine, outcomes = describe_machine().to_json(), list[Any]()
+    columns: tuple[str, ...] = COLUMNS
+    if what == "ops":
+        outcomes += bench_ops(quick=quick, only=only, rounds=rounds, progress=_said)
+    elif what == "training":
+        columns = TRAINING_COLUMNS
+        outcomes += bench_training(60 if quick else 400, only, progress=_said)
     if as_json:
         print(json.dumps({"machine": machine, "cases": [outcome.to_json() for outcome in outcomes]}, indent=2))
         return
     if outcomes:
-        table = Table(*COLUMNS)
+        table = Table(*columns)
         for row in (row for outcome in outcomes for row in outcome.rows()):
             table.add_row(*row)
         console.print(table)
