@@ -95,6 +95,16 @@ def test_anchors_any_layer_and_any_stride(shift):
         assert min(gaps) < 1e-12
 
 
+@pytest.mark.parametrize(("dtype", "spread"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+def test_anchors_follow_shifts_in_low_precision(dtype, spread):
+    """Of many phases that are nearly as strong, the same one is found after each shift."""
+    torch.manual_seed(0)
+    x = (1 + spread * torch.randn(16, 4, 16, 16)).to(dtype)
+    for shift in ((1, 0), (3, 2), (0, 7)):
+        expected = (strongest_phase(x, 4) + torch.tensor(shift)) % 4
+        assert torch.equal(strongest_phase(x.roll(shift, (2, 3)), 4), expected)
+
+
 def test_known_anchor():
     """One bright pixel at (3, 2): phase (1, 0) of two."""
     x = torch.zeros(1, 1, 4, 4)

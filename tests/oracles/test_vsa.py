@@ -127,6 +127,15 @@ def test_a_scale_of_minus_one_looks_at_the_centre():
     torch.testing.assert_close(out[..., :3], out[..., 1:2, 1:2].expand(1, 4, 3, 3))
 
 
+def test_half_precision_knows_its_pixels():
+    """bf16 has no number between 256 and 258; places have."""
+    layer = fixed(build(window=4), (0, 0), (0, 0))
+    x = torch.randn(1, 4, 1, 400).bfloat16()
+    exact = layer(x.double())
+    error = (layer.bfloat16()(x).double() - exact).abs().max()
+    assert error < 0.05 * exact.abs().max()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

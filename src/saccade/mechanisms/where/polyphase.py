@@ -106,6 +106,7 @@ def strongest_phase(x: Tensor, stride: int) -> Tensor:
     Returns:
         int64 `[B, 2]`, each in [0, stride).
     """
+    x = x.double()  # so that the order in which a shifted map is added up does not decide
     energy = x.square().sum(1).unflatten(2, (-1, stride)).unflatten(1, (-1, stride)).sum((1, 3))
     best = energy.flatten(1).argmax(1)
     return torch.stack([best // stride, best % stride], 1)

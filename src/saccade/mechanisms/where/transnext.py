@@ -94,8 +94,8 @@ class TransNeXt(Layer):
         pooled = (self._cells(x.shape[2]), self._cells(x.shape[3]))
         q = nn.functional.normalize(self._split(on_channels(self.query, x)), dim=-1)
         inside = self._near(x.new_ones(1, 1, *x.shape[2:]), 1)[0, 0, ..., 0] > 0  # [N, window^2]
-        keys = (inside.sum(-1, keepdim=True) + pooled[0] * pooled[1]).to(x.dtype)
-        scaled = (q + self.embedding) * nn.functional.softplus(self.temperature) * keys.log()
+        keys = inside.sum(-1, keepdim=True) + pooled[0] * pooled[1]
+        scaled = (q + self.embedding) * nn.functional.softplus(self.temperature) * keys.double().log().to(x.dtype)
         k, v = on_channels(self.key_value, x).chunk(2, 1)
         k = nn.functional.normalize(k.unflatten(1, (self.heads, -1)), dim=2).flatten(1, 2)
         near_v = self._near(v, self.heads)
@@ -135,9 +135,9 @@ class TransNeXt(Layer):
         offsets, indices = zip(
             *(pooled_offsets(*sizes, x.device) for sizes in zip(grid, pooled, strict=True)), strict=True
         )
-        rows, columns = (8 * each.to(x.dtype) / max(size - 1, 1) for each, size in zip(offsets, known, strict=True))
+        rows, columns = (8 * each / max(size - 1, 1) for each, size in zip(offsets, known, strict=True))
         places = torch.stack([rows[:, None].expand(-1, len(columns)), columns.expand(len(rows), -1)], -1)
-        table = self.offset_bias(places.sign() * (places.abs() + 1).log2() / 3)  # log2(8) = 3
+        table = self.offset_bias((places.sign() * (places.abs() + 1).log2() / 3).to(x.dtype))  # log2(8) = 3
         bias = table[indices[0][:, None, :, None], indices[1][:, None, :]]  # [Y, X, pooled Y, pooled X, H]
         return bias.permute(4, 0, 1, 2, 3).flatten(3).flatten(1, 2)
 

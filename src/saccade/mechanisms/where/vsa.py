@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from saccade.catalog import register
 from saccade.mechanisms.base import Layer, require
 from saccade.mechanisms.where._windows import Partition, attend_windows, check_map, on_channels, relative_index
+from saccade.ops.checks import accumulation_dtype
 from saccade.types import Kind, Pattern
 
 
@@ -84,7 +85,10 @@ class VSA(Layer):
         """Where every place of the padded map samples, for each head: pixels `[B, H, 2 (row, column), Y, X]`."""
         pooled = nn.functional.leaky_relu(nn.functional.avg_pool2d(x, cut.window))
         offsets, scales = (
-            on_channels(layer, pooled).unflatten(1, (self.heads, 2)).flip(2)  # x comes first in the authors' weights
+            on_channels(layer, pooled)
+            .unflatten(1, (self.heads, 2))
+            .flip(2)  # x comes first in the authors' weights
+            .to(accumulation_dtype(x.dtype))  # half precision does not tell pixels apart
             for layer in (self.offset, self.scale)
         )
         rows, columns = (self._axis(x, cut, axis, offsets[:, :, axis], scales[:, :, axis]) for axis in (0, 1))
@@ -95,22 +99,22 @@ class VSA(Layer):
         """Pixels along one axis, `[B, H, Y, X]`, from `[B, H, windows down, windows right]`."""
         side, size = cut.window[axis], x.shape[2 + axis]
         place = torch.arange(size, device=x.device)
-        inside = (place % side).to(x.dtype) - (side - 1) / 2
+        inside = (place % side).to(scale.dtype) - (side - 1) / 2
         shape = (size, 1) if axis == 0 else (1, size)
         unit = (size - 1) / 2 / (cut.grid[axis] // side)
         offset, scale = (
             each.repeat_interleave(cut.window[0], 2).repeat_interleave(cut.window[1], 3) for each in (offset, scale)
         )
-        return place.to(x.dtype).view(shape) + inside.view(shape) * scale + offset * unit
+        return place.to(scale.dtype).view(shape) + inside.view(shape) * scale + offset * unit
 
     def _sample(self, k: Tensor, v: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, C, Y, X]` of each head at its places, by bilinear interpolation."""
-        sizes = k.new_tensor(k.shape[2:]).sub(1).clamp(min=1)
+        sizes = places.new_tensor(k.shape[2:]).sub(1).clamp(min=1)
         grid = places.flip(2).permute(0, 1, 3, 4, 2) / sizes.flip(0) * 2 - 1
-        both = torch.cat([part.unflatten(1, (self.heads, -1)) for part in (k, v)], 2).flatten(0, 1)
+        both = torch.cat([part.unflatten(1, (self.heads, -1)) for part in (k, v)], 2).flatten(0, 1).to(grid.dtype)
         sampled = nn.functional.grid_sample(both, grid.flatten(0, 1), padding_mode="zeros", align_corners=True)
-        k, v = (part.flatten(1, 2) for part in sampled.unflatten(0, (-1, self.heads)).chunk(2, 2))
-        return k, v
+        near_k, near_v = (part.flatten(1, 2) for part in sampled.unflatten(0, (-1, self.heads)).chunk(2, 2))
+        return near_k.to(k.dtype), near_v.to(v.dtype)
 
     @classmethod
     def sample_inputs(cls, batch: int, generator: Any, dtype: Any, device: Any) -> tuple[Tensor, ...]:
