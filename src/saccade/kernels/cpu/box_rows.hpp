@@ -68,6 +68,7 @@ INLINE void slide_product(const Slid& other, int from, const Take& take, const f
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) {
       vf x = take.take(columns + j, from + j);
+      if constexpr (R > 1) x = hold(x);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[r][j] += row[r] * x;
     }
@@ -95,6 +96,7 @@ INLINE void slide_accumulate(const Slid& other, int from, const Take& take, cons
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) {
       vf x = take.take(columns + j, from + j);
+      if constexpr (R > 1) x = hold(x);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[r] += weight[r][j] * x;
     }

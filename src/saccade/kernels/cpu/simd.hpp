@@ -26,6 +26,14 @@ INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 
 INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
+// x, from here on in a register: left to itself the compiler reads it again from memory for every use.
+INLINE vf hold(vf x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vi splat(int32_t x) { return x - vi{}; }
 
