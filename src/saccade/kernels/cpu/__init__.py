@@ -8,10 +8,11 @@ from saccade.kernels.cpu.attention import Rules, attention
 from saccade.kernels.cpu.backward import attention_backward
 from saccade.kernels.cpu.boxes import boxes_attention, boxes_gradients
 from saccade.kernels.cpu.decoding import Pages, decoding
+from saccade.kernels.cpu.gather import gathering, gathers
 from saccade.kernels.cpu.library import INSTRUCTION_SETS, instruction_set, missing, use
 from saccade.kernels.cpu.scan import scan, scan_gradient
 
 __all__ = [
     "INSTRUCTION_SETS", "Pages", "Rules", "attention", "attention_backward", "boxes_attention", "boxes_gradients",
-    "decoding", "instruction_set", "missing", "scan", "scan_gradient", "use",
+    "decoding", "gathering", "gathers", "instruction_set", "missing", "scan", "scan_gradient", "use",
 ]  # fmt: skip

@@ -5,6 +5,7 @@
 #include "problem_boxes.hpp"
 #include "problem_scan.hpp"
 #include "problem_decode.hpp"
+#include "problem_gather.hpp"
 
 namespace saccade {
 
@@ -42,6 +43,7 @@ struct Engine {
   ScanEngine scan;
   BoxesEngine boxes;
   RowsEngine box_rows;
+  GatherEngine gather;
   int64_t decode_rows;                                            // queries of a unit, at most
   int64_t (*decode_scratch)(const Decode&, int64_t rows);         // bytes per thread
   int64_t (*decode_partial)(const Decode&, int64_t rows);         // floats of a unit's result

@@ -5,6 +5,7 @@
 #include "boxes.hpp"
 #include "decode.hpp"
 #include "engine.hpp"
+#include "gather.hpp"
 #include "scan_engine.hpp"
 
 namespace saccade::SACCADE_ISA {
@@ -55,6 +56,7 @@ static const Engine ENGINE = {
     .scan = SCAN,
     .boxes = BOXES,
     .box_rows = BOX_ROWS,
+    .gather = GATHER,
     .decode_rows = ROWS,
     .decode_scratch = decode_scratch,
     .decode_partial = decode_partial,

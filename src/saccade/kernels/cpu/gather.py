@@ -1,0 +1,103 @@
+"""Attention of few queries over lists of keys on the C++ engine: `problem_gather.hpp` as ctypes, and the call."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from saccade.kernels.cpu.attention import NO_MEMORY, STORAGE, Rows
+from saccade.kernels.cpu.library import library
+
+FEW_ROWS = 16
+"""Queries that share a list up to which this is the kernel; for more, those of a tile of keys are worth a copy."""
+
+VECTOR = 16
+"""What D and E must be multiples of."""
+
+_size, _int, _float, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
+_Strides = _size * 3
+
+
+class Gather(ctypes.Structure):
+    """One problem; `problem_gather.hpp` has the comments."""
+
+    _fields_ = (
+        *((name, _size) for name in ("batch", "heads", "kv_heads", "queries", "keys", "dim", "value_dim")),
+        ("storage", _int), ("threads", _int), ("q", Rows), ("k", Rows), ("v", Rows), ("out", _pointer),
+        ("lse", _pointer), ("sinks", _pointer), ("scale", _float), ("softcap", _float), ("lists", _pointer),
+        ("list_stride", _Strides), *((name, _size) for name in ("list_heads", "list_length", "list_group", "causal")),
+    )  # fmt: skip
+
+
+def gathers(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, group: int, causal: bool) -> bool:
+    """Whether `gathering` serves the call; if not, `decoding` does.
+
+    Args:
+        q: `[B, H, M, D]`.
+        k: `[B, G, N, D]`.
+        v: `[B, G, N, E]`.
+        lists: `[B or 1, 1 or G or H, ceil(M / group), K]`.
+        group: Queries that share a list.
+        causal: Whether keys after a query are hidden from it.
+
+    Returns:
+        Whether few rows share a list, of the same causal reach, and whole vectors cover keys and values.
+    """
+    share = q.shape[1] // max(lists.shape[1], k.shape[1])
+    fits = q.shape[3] % VECTOR == 0 and v.shape[3] % VECTOR == 0
+    return fits and share * group <= FEW_ROWS and (group == 1 or not causal)
+
+
+def gathering(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Tensor,
+    *,
+    scale: float,
+    group: int = 1,
+    causal: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Softmax attention over lists of keys, read in place and once for all the queries that share a list.
+
+    What the engines' callers have checked, and `gathers`, is not checked again.
+
+    Args:
+        q: `[B, H, M, D]`, any strides.
+        k: `[B, G, N, D]`.
+        v: `[B, G, N, E]`.
+        lists: int64 `[B or 1, 1 or G or H, ceil(M / group), K]`: what groups of queries attend to; -1 is an empty slot.
+        scale: Factor on q k^T.
+        group: Queries that share a list.
+        causal: Hide keys j > i + N - M from query i; with a group of one.
+        softcap: Scores become softcap * tanh(score / softcap).
+        sinks: `[H]`, logits that bring no value.
+
+    Returns:
+        Out `[B, H, M, E]` in q's dtype and fp32 lse `[B, H, M]`; None if a list points outside the keys.
+
+    Raises:
+        MemoryError: If there is no memory for the threads' scratch.
+    """
+    batch, heads, queries, dim = q.shape
+    kv_heads, keys, value_dim = v.shape[1:]
+    q, k, v, lists = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, lists))
+    sinks = None if sinks is None else sinks.float().contiguous()
+    out = q.new_empty(batch, heads, queries, value_dim)
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
+    strides = lists.stride()
+    problem = Gather(
+        batch, heads, kv_heads, queries, keys, dim, value_dim, STORAGE[q.dtype], torch.get_num_threads(),
+        Rows.of(q), Rows.of(k), Rows.of(v), out.data_ptr(), lse.data_ptr(),
+        None if sinks is None else sinks.data_ptr(), scale, softcap or 0.0, lists.data_ptr(),
+        _Strides(*(0 if size == 1 else step for size, step in zip(lists.shape[:3], strides, strict=False))),
+        max(lists.shape[1], kv_heads), lists.shape[3], group, causal,
+    )  # fmt: skip
+    code = library().saccade_gather(ctypes.byref(problem))
+    if code == 1:
+        raise MemoryError(NO_MEMORY)
+    return None if code else (out, lse)
