@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
 from saccade.bench.cases import DTYPES, draw
 from saccade.bench.ops import Case, Peer, Work
@@ -43,6 +43,12 @@ def read(*tensors: Tensor) -> Callable[[], list[Tensor]]:
     return lambda: [x.sum() for x in words]
 
 
+def read_rows(rows: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The limit where what is read lies scattered: summing the rows, in place."""
+    start = rows.new_zeros(1)
+    return [embedding_bag(rows, x.view(-1, DIM), start, mode="sum") for x in tensors]
+
+
 def cold() -> Callable[[], Tensor]:
     """Reads 128 MiB of other data, as the other layers of a model would, so that a cache comes from memory."""
     return torch.ones(2**25).sum
@@ -72,8 +78,7 @@ def _top_k(tokens: int, kept: int, dtype: torch.dtype) -> Work:
     q, k, v = cache(tokens, dtype)
     noise = torch.rand(KV_HEADS, tokens, generator=torch.Generator().manual_seed(3))
     chosen = noise.topk(kept, -1).indices.sort(-1).values
-    lists = chosen.repeat_interleave(QUERY_HEADS // KV_HEADS, 0)[None, :, None]
-    index = TokenIndex(lists, 1, tokens)
+    index = TokenIndex(chosen[None, :, None], 1, tokens)  # a list per key/value head, shared by its query heads
     flat = (chosen + torch.arange(KV_HEADS)[:, None] * tokens).reshape(-1)
 
     def gathered() -> Tensor:
@@ -87,6 +92,7 @@ def _top_k(tokens: int, kept: int, dtype: torch.dtype) -> Work:
             "one read of as many bytes": Peer(
                 read(k[:, :, :kept].contiguous(), v[:, :, :kept].contiguous()), same=False
             ),
+            "one read of the same rows": Peer(partial(read_rows, flat, k, v), same=False),
         },
         bytes=2 * KV_HEADS * kept * DIM * q.element_size(),
         before=cold(),

@@ -1,8 +1,9 @@
 // Attention of few queries over lists of keys, bound by the walk from row to row: rows lie far apart, so that each costs a
-// translation of its address besides its lines. Keys and values of the same few tokens are used one right after the other,
-// and asked for together a few tokens before; no row is copied, and each is read once for all the queries that share it.
+// translation of its address besides its lines. Rows are loaded in the order key, value, key, value, a batch of tokens that
+// stays in cache, and then worked on; none is copied, and each is read once for all the queries that share it.
 //
 // Vectors lie along the head dim. Softmax is kept for four queries by four tokens, all in one vector where it has 16 lanes.
+// The products take rows by pointers, however these were found.
 #pragma once
 #include "decode.hpp"
 #include "problem_gather.hpp"
@@ -12,7 +13,8 @@ namespace saccade::SACCADE_ISA {
 
 constexpr int FEW = 4;               // tokens, and queries, that are worked on together
 constexpr int PAIRS = FEW * FEW;     // their scores
-constexpr int EARLY = 12;            // tokens between asking for rows and using them
+constexpr int BATCH = 32;            // tokens brought to the cache before they are worked on
+constexpr int SOONER = 4;            // tokens between asking for a row and loading it
 
 template <int32_t STORAGE>
 INLINE vf take_row(const char* row, int64_t d) {
@@ -21,26 +23,15 @@ INLINE vf take_row(const char* row, int64_t d) {
   return STORAGE == BF16 ? widen_bf16(half) : widen_fp16(half);
 }
 
-// Of `coming` rows the line that channel d begins, if it begins one: spread over the work on other rows, so that memory
-// neither idles nor is asked for more than it can queue.
-template <int32_t STORAGE, int COUNT>
-INLINE void ask(const char* const* coming, int64_t d) {
-  const int64_t at = d * (STORAGE == FP32 ? 4 : 2);
-  if (LANES * (STORAGE == FP32 ? 4 : 2) < 64 && at % 64) return;
-#pragma GCC unroll 4
-  for (int i = 0; i < COUNT; ++i) __builtin_prefetch(coming[i] + at);
-}
-
 // scores[r][j] = queries[r] . keys[j] for R <= FEW queries; other rows of `scores` become 0.
-template <int32_t STORAGE, int R, bool ASK>
-INLINE void few_dots(const char* const* keys, const float* queries, int64_t dim, float* scores, const char* const* coming) {
+template <int32_t STORAGE, int R>
+INLINE void few_dots(const char* const* keys, const float* queries, int64_t dim, float* scores) {
   constexpr int T = LANES / FEW;  // tokens whose sums fill one vector
   for (int first = 0; first < FEW; first += T) {
     vf acc[LANES];
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i) acc[i] = vf{};
     for (int64_t d = 0; d < dim; d += LANES) {
-      if constexpr (ASK) ask<STORAGE, T>(coming + first, d);
       vf key[T];
 #pragma GCC unroll 4
       for (int j = 0; j < T; ++j) key[j] = take_row<STORAGE>(keys[first + j], d);
@@ -59,15 +50,14 @@ INLINE void few_dots(const char* const* keys, const float* queries, int64_t dim,
 }
 
 // out[r] += sum over j of weights[r][j] * values[j]
-template <int32_t STORAGE, int R, bool ASK>
-INLINE void few_values(const char* const* values, const float* weights, int64_t dim, float* out, const char* const* coming) {
+template <int32_t STORAGE, int R>
+INLINE void few_values(const char* const* values, const float* weights, int64_t dim, float* out) {
   vf weight[R][FEW];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int j = 0; j < FEW; ++j) weight[r][j] = splat(weights[r * FEW + j]);
   for (int64_t e = 0; e < dim; e += LANES) {
-    if constexpr (ASK) ask<STORAGE, FEW>(coming, e);
     vf value[FEW];
 #pragma GCC unroll 4
     for (int j = 0; j < FEW; ++j) value[j] = take_row<STORAGE>(values[j], e);
@@ -110,18 +100,17 @@ class Picker {
     value = row_of(p.v, u.b, g, 0, STORAGE);
     key_step = p.k.row_stride * bytes;
     value_step = p.v.row_stride * bytes;
-    for (int64_t j = 0; j < EARLY && j < count; j += FEW) {
-      const Four first = four(j);
-      for (int64_t d = 0; d < p.dim; d += LANES) ask<STORAGE, FEW>(first.keys, d);
-      for (int64_t e = 0; e < p.value_dim; e += LANES) ask<STORAGE, FEW>(first.values, e);
-    }
     for (int64_t i = 0; i < rows; ++i) {
       const char* row = row_of(p.q, u.b, u.t * share + i / members, u.n * p.list_group + i % members, STORAGE);
       for (int64_t d = 0; d < p.dim; d += LANES) store(queries + i * p.dim + d, take_row<STORAGE>(row, d));
     }
     for (int64_t i = 0; i < rows * p.value_dim; ++i) out[i] = 0;
     for (int64_t i = 0; i < all / FEW * PAIRS; ++i) top[i] = -INF, sum[i] = 0;
-    for (int64_t j = 0; j < count; j += FEW) tokens(j);
+    for (int64_t batch = 0; batch < count; batch += BATCH) {
+      const int64_t end = batch + BATCH < count ? batch + BATCH : count;
+      for (int64_t j = batch; j < end; ++j) bring(j);
+      for (int64_t j = batch; j < end; j += FEW) tokens(j, end - j < FEW ? end - j : FEW);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       const float* from = sum + r * FEW;
       out[all * p.value_dim + r] = top[r * FEW];
@@ -153,47 +142,46 @@ class Picker {
     return inside;
   }
 
-  // Four tokens in a row, from slot j on.
-  struct Four {
+  // Loads a token's lines: in order, so that the machine's own prefetching joins in, which asking for each line would keep
+  // from what it has to queue. Only the first lines are asked for ahead, for the walk to their pages.
+  void bring(int64_t j) const {
+    const int64_t coming = position[j + SOONER < count ? j + SOONER : count - 1], bytes = STORAGE == FP32 ? 4 : 2;
+    __builtin_prefetch(key + coming * key_step);
+    __builtin_prefetch(value + coming * value_step);
+    touch(key + position[j] * key_step, p.dim * bytes);
+    touch(value + position[j] * value_step, p.value_dim * bytes);
+  }
+
+  static void touch(const char* row, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) {
+      const uint16_t word = *reinterpret_cast<const uint16_t*>(row + at);
+      asm volatile("" ::"r"(word));  // the load must happen, its result is not needed
+    }
+  }
+
+  // `here` <= FEW tokens from j on; missing ones are the last one again, with no weight.
+  void tokens(int64_t j, int64_t here) {
     const char *keys[FEW], *values[FEW];
-  };
-
-  Four four(int64_t j) const {
-    Four f;
-    for (int i = 0; i < FEW; ++i) {
-      const int64_t at = position[j + i < count ? j + i : count - 1];
-      f.keys[i] = key + at * key_step;
-      f.values[i] = value + at * value_step;
+    for (int64_t i = 0; i < FEW; ++i) {
+      const int64_t at = position[j + (i < here ? i : here - 1)];
+      keys[i] = key + at * key_step;
+      values[i] = value + at * value_step;
     }
-    return f;
-  }
-
-  // Up to FEW tokens from j on; missing ones are the last one again, with no weight.
-  void tokens(int64_t j) {
-    const Four now = four(j), coming = four(j + EARLY);
-    const int64_t here = count - j < FEW ? count - j : FEW;
-    if (rows < FEW) return some<true>(now, coming, 0, rows, here);
-    block<FEW, true>(now, coming, 0, here);
-    int64_t r = FEW;
-    for (; r + FEW <= rows; r += FEW) block<FEW, false>(now, coming, r, here);
-    some<false>(now, coming, r, rows - r, here);
-  }
-
-  template <bool ASK>
-  inline __attribute__((always_inline)) void some(const Four& now, const Four& coming, int64_t r, int64_t count, int64_t here) {
-    switch (count) {
-      case 3: return block<3, ASK>(now, coming, r, here);
-      case 2: return block<2, ASK>(now, coming, r, here);
-      case 1: return block<1, ASK>(now, coming, r, here);
+    int64_t r = 0;
+    for (; r + FEW <= rows; r += FEW) block<FEW>(keys, values, r, here);
+    switch (rows - r) {
+      case 3: return block<3>(keys, values, r, here);
+      case 2: return block<2>(keys, values, r, here);
+      case 1: return block<1>(keys, values, r, here);
     }
   }
 
-  template <int R, bool ASK>
-  inline __attribute__((always_inline)) void block(const Four& now, const Four& coming, int64_t r, int64_t here) {
+  template <int R>
+  inline __attribute__((always_inline)) void block(const char* const* keys, const char* const* values, int64_t r, int64_t here) {
     float x[PAIRS];
-    few_dots<STORAGE, R, ASK>(now.keys, queries + r * p.dim, p.dim, x, coming.keys);
+    few_dots<STORAGE, R>(keys, queries + r * p.dim, p.dim, x);
     soften<R>(x, r, here);
-    few_values<STORAGE, R, ASK>(now.values, x, p.value_dim, out + r * p.value_dim, coming.values);
+    few_values<STORAGE, R>(values, x, p.value_dim, out + r * p.value_dim);
   }
 
   // Scores become weights relative to the greatest score so far; where that rises, what was summed shrinks.

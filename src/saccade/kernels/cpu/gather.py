@@ -61,7 +61,7 @@ def gathering(
     causal: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor]:
     """Softmax attention over lists of keys, read in place and once for all the queries that share a list.
 
     What the engines' callers have checked, and `gathers`, is not checked again.
@@ -78,10 +78,11 @@ def gathering(
         sinks: `[H]`, logits that bring no value.
 
     Returns:
-        Out `[B, H, M, E]` in q's dtype and fp32 lse `[B, H, M]`; None if a list points outside the keys.
+        Out `[B, H, M, E]` in q's dtype and fp32 lse `[B, H, M]`.
 
     Raises:
         MemoryError: If there is no memory for the threads' scratch.
+        ValueError: If a list points outside the keys.
     """
     batch, heads, queries, dim = q.shape
     kv_heads, keys, value_dim = v.shape[1:]
@@ -100,4 +101,7 @@ def gathering(
     code = library().saccade_gather(ctypes.byref(problem))
     if code == 1:
         raise MemoryError(NO_MEMORY)
-    return None if code else (out, lse)
+    if code:
+        low, high = (int(bound) for bound in torch.aminmax(lists))
+        raise ValueError(f"index.indices in [{low}, {high}]: expected -1 or positions in [0, {keys})")
+    return out, lse

@@ -98,6 +98,14 @@ class Lists:
         return mask & (chosen[:, None] <= place[..., None])
 
 
+def check_range(indices: Tensor, keys: int) -> None:
+    """Refuse lists that point outside."""
+    if indices.numel():
+        low, high = (int(bound) for bound in torch.aminmax(indices))
+        if low < -1 or high >= keys:
+            raise ValueError(f"index.indices in [{low}, {high}]: expected -1 or positions in [0, {keys})")
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lists: Lists, poison: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saccade.kernels import cpu
 from saccade.ops.attend.native import unusable
-from saccade.ops.gather_attend.eager import Lists
+from saccade.ops.gather_attend.eager import Lists, check_range
 from saccade.types import Boxes
 
 
@@ -28,9 +28,16 @@ def refuses(call: Mapping[str, Any]) -> str | None:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lists: Lists) -> tuple[Tensor, Tensor]:
     """As `eager.forward`; poison it keeps apart by itself."""
+    group = min(lists.group, lists.queries)
+    if cpu.gathers(q, k, v, lists.indices, group, lists.causal):
+        return cpu.gathering(
+            q, k, v, lists.indices, scale=lists.scale, group=group, causal=lists.causal, softcap=lists.softcap,
+            sinks=sinks,
+        )  # fmt: skip
+    check_range(lists.indices, lists.keys)
     out, lse = cpu.decoding(
         q, k, v, scale=lists.scale, right=0 if lists.causal else -1, softcap=lists.softcap, lists=lists.indices,
-        group=min(lists.group, lists.queries),
+        group=group,
     )  # fmt: skip
     if sinks is not None:
         joint = torch.logaddexp(lse, sinks.float()[:, None])

@@ -31,13 +31,10 @@ def lists_forward(
 ) -> tuple[Tensor, Tensor]:
     """Out in the dtype of q, and lse."""
     lists = _lists(q, k, indices, *rules)
-    if indices.numel():
-        low, high = (int(bound) for bound in torch.aminmax(indices))
-        if low < -1 or high >= k.shape[2]:
-            raise ValueError(f"index.indices in [{low}, {high}]: expected -1 or positions in [0, {k.shape[2]})")
     with no_autocast(q.device):
         if rules[-1] == "cpu":
             return native.forward(q, k, v, sinks, lists)
+        eager.check_range(indices, k.shape[2])
         out, lse = eager.forward(q, k, v, sinks, lists)
         if is_finite(out):
             return out, lse

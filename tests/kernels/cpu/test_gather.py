@@ -1,0 +1,173 @@
+"""The engine's attention over lists against an fp64 formula written here: shapes, storages, poison, bounds, threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from saccade.kernels import cpu
+
+pytestmark = [
+    pytest.mark.quick,
+    pytest.mark.skipif(cpu.missing() is not None, reason=f"no C++ engine: {cpu.missing()}"),
+]
+
+INF = float("inf")
+ERROR = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+"""Weights and sums are fp32; halves round the outputs once."""
+SHAPES = [  # batch, heads, kv_heads, list_heads, queries, group, keys, dim, value_dim, slots
+    (1, 4, 1, 1, 1, 1, 40, 16, 16, 7),
+    (2, 6, 2, 2, 3, 1, 90, 64, 80, 33),
+    (1, 8, 2, 8, 2, 1, 70, 128, 32, 64),
+    (2, 5, 1, 1, 5, 3, 50, 48, 96, 20),
+    (1, 7, 1, 1, 2, 2, 1300, 32, 48, 1100),
+]
+each_set = pytest.mark.parametrize("isa", cpu.INSTRUCTION_SETS)
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    try:
+        if cpu.use(name) is None:
+            pytest.skip(f"this machine or build has no {name}")
+        yield
+    finally:
+        cpu.use(None)
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def problem(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and lists with a fifth of the slots empty, the first list wholly so."""
+    batch, heads, kv_heads, list_heads, queries, group, keys, dim, value_dim, slots = shape
+    q, k, v = (
+        draw(batch, h, n, d, seed=seed, dtype=dtype)
+        for seed, (h, n, d) in enumerate(((heads, queries, dim), (kv_heads, keys, dim), (kv_heads, keys, value_dim)))
+    )
+    noise = torch.rand(batch, list_heads, -(-queries // group), keys, generator=torch.Generator().manual_seed(3))
+    lists = noise.argsort(-1)[..., :slots]
+    lists = torch.where(lists % 5 == 0, -1, lists)
+    lists[0, 0, 0] = -1
+    return q, k, v, lists
+
+
+def formula(q, k, v, lists, scale, group, causal=False, softcap=None, sinks=None):  # noqa: ANN001, ANN201
+    """Dense in fp64, with a mask; what no list holds is replaced by 0."""
+    batch, heads, queries, _ = q.shape
+    keys, share = k.shape[2], heads // k.shape[1]
+    mask = torch.zeros(*lists.shape[:3], keys + 1, dtype=torch.bool)
+    mask.scatter_(-1, torch.where(lists < 0, keys, lists), value=True)
+    mask = mask[..., :keys].repeat_interleave(group, 2)[:, :, :queries]
+    mask = mask.repeat_interleave(heads // mask.shape[1], 1).expand(batch, -1, -1, -1)
+    if causal:
+        mask = mask & (torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries)
+    q, k, v = q.double(), k.double().repeat_interleave(share, 1), v.double().repeat_interleave(share, 1)
+    scores = (q @ k.nan_to_num(0, 0, 0).mT) * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -INF)
+    lse = scores.logsumexp(-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.double()[:, None].expand_as(lse))
+    weights = torch.exp(scores - lse.masked_fill(lse == -INF, 0.0)[..., None])
+    return weights @ v.nan_to_num(0, 0, 0), lse
+
+
+def agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    assert found[0].dtype == dtype
+    assert torch.equal(found[1] == -INF, expected[1] == -INF)
+    unit = ERROR[dtype]
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=unit, atol=4e-6)
+    torch.testing.assert_close(found[1].double(), expected[1], rtol=0, atol=1e-5)
+
+
+@each_set
+@pytest.mark.parametrize("dtype", ERROR)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outputs_are_those_of_the_formula(isa: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    q, k, v, lists = problem(shape, dtype)
+    group = shape[5]
+    sinks = draw(q.shape[1], seed=5)
+    rules = [{}, {"softcap": 1.5}, {"sinks": sinks}, {"sinks": sinks, "softcap": 1.5}]
+    rules += [{"causal": True}] if group == 1 else []
+    with instruction_set(isa):
+        for options in rules:
+            assert cpu.gathers(q, k, v, lists, group, options.get("causal", False))
+            found = cpu.gathering(q, k, v, lists, scale=0.3, group=group, **options)
+            agree(found, formula(q, k, v, lists, 0.3, group, **options), dtype)
+            assert bool((found[0][0, 0, 0] == 0).all())
+
+
+@each_set
+def test_scores_of_any_size_keep_their_order(isa: str) -> None:
+    """The greatest score comes last, or first, and is hundreds above the others."""
+    q, k, v = torch.ones(1, 3, 1, 16), torch.zeros(1, 1, 64, 16), draw(1, 1, 64, 16, seed=1)
+    with instruction_set(isa):
+        for at, height in ((63, 40.0), (0, 40.0), (31, -40.0)):
+            k.zero_()[:, :, at] = height
+            lists = torch.arange(64).view(1, 1, 1, 64)
+            agree(cpu.gathering(q, k, v, lists, scale=1.0), formula(q, k, v, lists, 1.0, 1), torch.float32)
+
+
+@each_set
+@pytest.mark.parametrize("bad", [torch.nan, INF, -INF])
+def test_poison_stays_with_the_queries_that_list_it(isa: str, bad: float) -> None:
+    q, k, v, lists = problem((1, 4, 1, 1, 3, 1, 90, 32, 32, 20))
+    lists = torch.where(lists == 89, -1, lists)
+    lists[0, 0, 2, 5] = 89
+    for x in (k, v):
+        x[:, :, 89] = bad
+    with instruction_set(isa):
+        early, hidden = q[:, :, :2], lists[:, :, :2].clone()
+        hidden[0, 0, 0, 0] = 89  # what comes after the first of two queries
+        found = cpu.gathering(early, k, v, hidden, scale=0.3, causal=True)
+        agree(found, formula(early, k, v, hidden, 0.3, 1, causal=True), torch.float32)
+        assert bool(found[0].isfinite().all())
+        seen = cpu.gathering(q, k, v, lists, scale=0.3)[0]
+        assert bool(seen[:, :, :2].isfinite().all())
+        assert not bool(seen[:, :, 2].isfinite().any())
+
+
+@each_set
+def test_lists_that_point_outside_are_refused(isa: str) -> None:
+    q, k, v, lists = problem(SHAPES[4])
+    with instruction_set(isa):
+        for wrong in (1300, -2, 2**62):
+            broken = lists.clone()
+            broken[0, 0, 0, 900] = wrong
+            with pytest.raises(ValueError, match=r"index.indices in \[-.*\]: expected -1 or positions in \[0, 1300\)"):
+                cpu.gathering(q, k, v, broken, scale=0.3, group=2)
+
+
+def test_what_it_does_not_serve_it_says() -> None:
+    q, k, v, lists = problem((1, 4, 2, 2, 2, 1, 30, 32, 32, 9))
+    assert cpu.gathers(q, k, v, lists, 1, causal=True)
+    assert not cpu.gathers(q, k, v, lists, 2, causal=True)
+    assert not cpu.gathers(q, k, v, lists, 9, causal=False)
+    assert not cpu.gathers(q[..., :31], k[..., :31], v, lists, 1, causal=False)
+    assert not cpu.gathers(q, k, v[..., :24], lists, 1, causal=False)
+
+
+def test_strides_sharing_and_threads_change_no_bit() -> None:
+    q, k, v, lists = problem((2, 8, 2, 2, 3, 1, 2100, 64, 64, 2000))
+    plain = cpu.gathering(q, k, v, lists, scale=0.3)
+    moved = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, lists)]
+    before = torch.get_num_threads()
+    results = [cpu.gathering(*moved, scale=0.3)]
+    try:
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            results.append(cpu.gathering(q, k, v, lists, scale=0.3))
+    finally:
+        torch.set_num_threads(before)
+    for other in results:
+        assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+    shared = lists[:1, :1]
+    spread = shared.expand(2, 2, -1, -1).contiguous()
+    for a, b in zip(cpu.gathering(q, k, v, shared, scale=0.3), cpu.gathering(q, k, v, spread, scale=0.3), strict=True):
+        assert torch.equal(a, b)
