@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import layer_norm
 
-from saccade.mechanisms.where.fasa import FaSA, averaged_window
+from saccade.mechanisms.where.fasa import FaSA, windows_of
 
 
 def reflect(place, size):
@@ -16,18 +16,24 @@ def reflect(place, size):
     return place if size > 1 else 0
 
 
-def mean_window(x, window, dilation):
-    """Windows of a map `[C, Y, X]` that stand side by side, averaged: `[C, window, window]`."""
-    span = dilation * (window - 1) + 1
-    total, count = torch.zeros(len(x), window, window, dtype=x.dtype), 0
+def cut_windows(x, window, dilation):
+    """Windows of a map `[C, Y, X]` that stand side by side: a list of `[C, window, window]`."""
+    span, windows = dilation * (window - 1) + 1, []
     for top in range(0, x.shape[1], span):
         for left in range(0, x.shape[2], span):
-            for i in range(window):
-                for j in range(window):
-                    y, z = reflect(top + i * dilation, x.shape[1]), reflect(left + j * dilation, x.shape[2])
-                    total[:, i, j] += x[:, y, z]
-            count += 1
-    return total / count
+            rows = [reflect(top + i * dilation, x.shape[1]) for i in range(window)]
+            columns = [reflect(left + j * dilation, x.shape[2]) for j in range(window)]
+            windows.append(x[:, rows][:, :, columns])
+    return windows
+
+
+def fused(windows, runs):
+    """One window of `[C, window, window]` from several."""
+    if not runs:
+        return sum(windows) / len(windows)
+    channels = len(windows[0])
+    row = torch.cat(windows)  # channels of the first window, then of the second
+    return torch.stack([row[n * len(windows) : (n + 1) * len(windows)].mean(0) for n in range(channels)])
 
 
 def depthwise(x, weight, bias):
@@ -81,10 +87,11 @@ def oracle(layer, x):
     depth = 7 * unit // layer.heads
     per_head = len(dilations) * depth  # a head's queries for all windows lie together
     for number, dilation in enumerate(dilations):
-        window = mean_window(local[number * 7 * unit : (number + 1) * 7 * unit], layer.window, dilation)
+        mine = local[number * 7 * unit : (number + 1) * 7 * unit]
         keys, values = [], []
         for h in range(layer.heads):
-            places = window[h * depth : (h + 1) * depth].flatten(1).T
+            windows = cut_windows(mine[h * depth : (h + 1) * depth], layer.window, dilation)
+            places = fused(windows, layer.runs).flatten(1).T
             both = linear(linear(places, weights, f"fuse.{number}"), weights, f"key_value.{number}")
             keys.append(both[:, :depth])
             values.append(both[:, depth:])
@@ -110,6 +117,7 @@ def build(**settings):
     [
         ((4, 6), {"window": 2, "reduction": 2}),
         ((5, 7), {"window": 3, "reduction": 2, "heads": 7, "qkv_bias": True}),
+        ((5, 7), {"window": 2, "reduction": 2, "heads": 7, "runs": True, "dim": 32}),
         ((3, 4), {"window": 2, "reduction": 3}),  # the dilated square is larger than the map
         ((5, 3), {"dim": 8, "window": 2, "reduction": 1}),
         ((1, 5), {"dim": 8, "window": 3, "reduction": 1, "qkv_bias": True}),
@@ -130,8 +138,8 @@ def test_equals_the_paper(size, settings):
 def test_known_window():
     """0 .. 5 in windows of 2: (0, 1), (2, 3), (4, 5), on average (2, 3); 2 apart: (0, 2), (3, 5): (1.5, 3.5)."""
     line = torch.arange(6.0).expand(1, 1, 1, 6)
-    assert averaged_window(line, 2, 1)[0, 0, 0].tolist() == [2.0, 3.0]
-    assert averaged_window(line, 2, 2)[0, 0, 0].tolist() == [1.5, 3.5]
+    assert windows_of(line, 2, 1)[0, 0, :, :2].tolist() == [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
+    assert windows_of(line, 2, 2)[0, 0].mean(0)[:2].tolist() == [1.5, 3.5]
 
 
 def test_dim_is_shared_as_the_authors_do():

@@ -30,6 +30,11 @@ from saccade.types import Kind, Pattern
             "Work is N window^2 + N (N / reduction^2), as in the authors' code; the paper's linear cost needs "
             "`reduction` to grow with the side of the map, as it does between their stages."
         ),
+        (
+            "Each channel is averaged over the windows. The authors' code lines up the channels of all windows, window "
+            "after window, and averages runs as long as there are windows, so that each new channel mixes neighbouring "
+            "ones of few windows; that is the setting `runs`."
+        ),
         "Reflection at the far borders goes on where it is longer than the map; theirs refuses such maps.",
     ),
     example={"dim": 16, "heads": 1, "window": 3, "reduction": 2},
@@ -48,10 +53,11 @@ class FaSA(Layer):
         window: Side M of a window, in places.
         reduction: Side of what is pooled into a key of the first group, and the dilation of the last.
         qkv_bias: Bias of the projections to queries, keys and values.
+        runs: Average as the authors' code does, see the card.
     """
 
     def __init__(
-        self, dim: int, heads: int = 8, window: int = 7, reduction: int = 8, qkv_bias: bool = False
+        self, dim: int, heads: int = 8, window: int = 7, reduction: int = 8, qkv_bias: bool = False, runs: bool = False
     ) -> None:  # fmt: skip
         super().__init__()
         require(reduction >= 1, "reduction", reduction, "at least 1 place")
@@ -60,7 +66,7 @@ class FaSA(Layer):
         require(dim >= 1 and dim % sum(shares) == 0, "dim", dim, f"a multiple of {sum(shares)}")
         require(heads >= 1 and 7 * unit % heads == 0, "heads", heads, f"a divisor of a group's {7 * unit} channels")
         require(window >= 1, "window", window, "at least 1 place")
-        self.dim, self.heads, self.window, self.reduction = dim, heads, window, reduction
+        self.dim, self.heads, self.window, self.reduction, self.runs = dim, heads, window, reduction, runs
         self.pooled, self.depth = shares[0] * unit, 7 * unit // heads
         self.dilations = (1, reduction)[: len(shares) - 1]
         local = dim - self.pooled
@@ -97,10 +103,14 @@ class FaSA(Layer):
 
     def _window(self, number: int, q: Tensor, x: Tensor) -> Tensor:
         """Attention of a later group, q `[B, H, N, D]`, to its window averaged over the map: `[B, N, H * D]`."""
-        mean = averaged_window(x, self.window, self.dilations[number])
-        keys = mean.flatten(2).unflatten(1, (self.heads, self.depth)).mT  # [B, H, window^2, D]
+        cut = windows_of(x, self.window, self.dilations[number]).unflatten(1, (self.heads, self.depth))
+        if self.runs:
+            ordered = cut.permute(0, 1, 4, 3, 2).flatten(3)  # [B, H, window^2, windows * D]
+            keys = ordered.unflatten(3, (self.depth, -1)).mean(4)
+        else:
+            keys = cut.mean(3).mT  # [B, H, window^2, D]
         k, v = self.key_value[number](self.fuse[number](keys)).chunk(2, -1)
-        around = self.position[number](v.mT.flatten(1, 2).unflatten(2, mean.shape[2:]))
+        around = self.position[number](v.mT.flatten(1, 2).unflatten(2, (self.window, self.window)))
         v = v + around.flatten(2).unflatten(1, (self.heads, self.depth)).mT
         return attend(q, k, v).transpose(1, 2).flatten(2)
 
@@ -115,8 +125,8 @@ def _depthwise(channels: int) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
 
 
-def averaged_window(x: Tensor, window: int, dilation: int) -> Tensor:
-    """Mean of all dilated windows that a map is cut into, after reflection at its far borders.
+def windows_of(x: Tensor, window: int, dilation: int) -> Tensor:
+    """The dilated windows that stand side by side on a map, which goes on in the mirror at its far borders.
 
     Args:
         x: `[B, C, height, width]`.
@@ -124,12 +134,12 @@ def averaged_window(x: Tensor, window: int, dilation: int) -> Tensor:
         dilation: Gap between these places; a window spans dilation * (window - 1) + 1 of the map.
 
     Returns:
-        `[B, C, window, window]`.
+        `[B, C, windows, window^2]`.
     """
     span = dilation * (window - 1) + 1
     for axis in (2, 3):
         place = torch.arange(-(-x.shape[axis] // span) * span, device=x.device)
-        period = max(2 * (x.shape[axis] - 1), 1)
-        place = period // 2 - (place % period - period // 2).abs() if x.shape[axis] > 1 else place * 0
-        x = x.index_select(axis, place).unflatten(axis, (-1, span)).mean(axis)
-    return x[:, :, ::dilation, ::dilation]
+        last = x.shape[axis] - 1
+        mirrored = last - (place % max(2 * last, 1) - last).abs()
+        x = x.index_select(axis, mirrored.view(-1, span)[:, ::dilation].flatten())
+    return x.unflatten(3, (-1, window)).unflatten(2, (-1, window)).transpose(3, 4).flatten(4).flatten(2, 3)
