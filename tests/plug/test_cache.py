@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,3 +144,29 @@ def test_bad_use_raises_one_error_and_leaves_the_cache(tiny: Build, ids: Tensor)
         model(ids, past_key_values=cache)
         with pytest.raises(ValueError, match="mechanism='sink_window': expected dense attention in the recipe where"):
             model(ids[:, :1], past_key_values=cache)
+
+
+def test_a_saved_cache_goes_on_and_a_foreign_one_is_refused(tiny: Build, ids: Tensor, tmp_path: Path) -> None:
+    model, path = tiny(), tmp_path / "cache.safetensors"
+    policy = H2O(heavy=6, recent=6)
+    with apply(model, Recipe.uniform(model, "dense")), torch.no_grad():
+        cache, other = PagedCache(model, policy), PagedCache(model, policy)
+        model(ids, past_key_values=cache)
+        cache.save(path)
+        other.load(path)
+        assert other.get_seq_length() == 40
+        expected = model(ids[:, :1], past_key_values=cache).logits
+        torch.testing.assert_close(model(ids[:, :1], past_key_values=other).logits, expected, rtol=0, atol=0)
+        packed = PagedCache(model, compose(keep=policy, store=Storage(bits=8)))
+        with pytest.raises(ValueError, match=r"layer 0 has Storage\(bits=None.*expected Storage\(bits=8"):
+            packed.load(path)
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(ValueError, match="not a whole cache"):
+            other.load(path)
+        assert other.get_seq_length() == 41
+        cache.save(path)
+    stranger = tiny(hidden_size=16)
+    with apply(stranger, Recipe.uniform(stranger, "dense")):
+        other = PagedCache(stranger, policy)
+    with pytest.raises(ValueError, match="a cache of another model, expected one of this"):
+        other.load(path)

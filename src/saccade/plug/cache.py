@@ -6,7 +6,9 @@ finds the layer through them, stores the tokens, and lets decoding read the stor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from saccade.mechanisms.cache.base import CachePolicy, Step
+from saccade.mechanisms.cache.files import CacheFileError, load_stores, save_stores
+from saccade.plug.fingerprint import fingerprint
 from saccade.plug.layers import attention_layers
 from saccade.plug.state import STATE
 
@@ -124,6 +128,7 @@ class PagedCache(Cache):
         modules = [m for m in attention_layers(model).values() if getattr(m, "layer_idx", None) is not None]
         if config is None or not modules:
             raise ValueError(f"model of type {type(model).__name__}: expected a transformers model with a cache")
+        self._model = model
         self._modules = modules
         self._check_applied()
         count = int(config.get_text_config().num_hidden_layers)
@@ -144,6 +149,43 @@ class PagedCache(Cache):
         if layer_idx == 0:
             self.step.picked = None
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what is cached to a safetensors file, all or nothing; see `load`.
+
+        Args:
+            path: Where.
+
+        Raises:
+            OSError: If it cannot be written (a full disk); the file that was there still is, and so is the cache.
+        """
+        about = {"model": asdict(fingerprint(self._model)), "lengths": [layer.length for layer in self.layers]}
+        save_stores(path, [layer.store for layer in self.layers], about)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Replace what is cached by what was saved, for the same model and policies that store alike.
+
+        Args:
+            path: A file of `save`.
+
+        Raises:
+            CacheFileError: If it is no such file, or a damaged one; the cache is as before.
+        """
+        stores, about = load_stores(path, next(self._modules[0].parameters()).device)
+        wanted = [layer.policy.store() for layer in self.layers]
+        if not isinstance(about, dict) or about.get("model") != asdict(fingerprint(self._model)):
+            raise CacheFileError(f"path={str(path)!r}: a cache of another model, expected one of this")
+        lengths = about.get("lengths")
+        if not isinstance(lengths, list) or not len(lengths) == len(stores) == len(wanted):
+            raise CacheFileError(f"path={str(path)!r}: {len(stores)} layers, expected {len(wanted)}")
+        for number, (new, like) in enumerate(zip(stores, wanted, strict=True)):
+            if (new.storage, new.stats) != (like.storage, like.stats):
+                raise CacheFileError(
+                    f"path={str(path)!r}: layer {number} has {new.storage} and stats {new.stats}, expected "
+                    f"{like.storage} and {like.stats}, as the policy has"
+                )
+        for layer, store, length in zip(self.layers, stores, lengths, strict=True):
+            layer.store, layer.length = store, int(length)
 
     def _check_applied(self) -> None:
         if not all(STATE in module.__dict__ for module in self._modules):

@@ -206,3 +206,37 @@ def test_a_table_that_points_outside_is_refused(impl: str) -> None:
         decode_attend(q, replace(cache, lengths=torch.full((2, 2), 70)), impl=impl)
     with pytest.raises(ValueError, match=r"lengths in \[0, 99\]: expected \[0, 80\]"):
         decode_attend(q, replace(cache, lengths=torch.tensor([[99, 1], [1, 0]])), impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize(("lists", "queries"), [(2, 1), (4, 1), (2, 3), (4, 3)])
+def test_listed_slots_and_no_others(impl: str, bits: int | None, lists: int, queries: int) -> None:
+    cache, q = stored(bits), draw(2, 4, queries, 32, seed=9)
+    generator = torch.Generator().manual_seed(lists)
+    slots = torch.stack([torch.randperm(90, generator=generator)[:40] for _ in range(2 * lists)]).view(2, lists, 40)
+    slots[slots % 5 == 0] = -1
+    k, v = (x.double() for x in cache.to_dense())
+    mask = torch.zeros(2, 4, queries, 70, dtype=torch.bool)
+    for b in range(2):
+        for h in range(4):
+            length = int(LENGTHS[b, h // 2])
+            for i in range(queries):
+                seen = [j for j in slots[b, h * lists // 4].tolist() if 0 <= j <= i + length - queries]
+                mask[b, h, i, seen] = True
+    scores = (q.double() @ k.repeat_interleave(2, 1).mT * 32**-0.5).masked_fill(~mask, -INF)
+    expected = scores.softmax(-1).nan_to_num() @ v.repeat_interleave(2, 1)
+    out, lse = decode_attend(q, cache, slots=slots, return_lse=True, impl=impl)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=0, atol=1e-5)
+    nothing = decode_attend(q, cache, slots=slots[..., :0], return_lse=True, impl="auto")
+    assert not bool(nothing.out.any())
+    assert bool((nothing.lse == -INF).all())
+
+
+def test_bad_slots() -> None:
+    cache, q = stored(), draw(2, 4, 1, 32, seed=9)
+    with pytest.raises(ValueError, match=r"slots of shape \(2, 3, 5\): expected \[2, 2 or 4, K\]"):
+        decode_attend(q, cache, slots=torch.zeros(2, 3, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match="slots of torch.int32 on cpu: expected torch.int64 on cpu"):
+        decode_attend(q, cache, slots=torch.zeros(2, 2, 5, dtype=torch.int32))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from saccade.mechanisms.cache.store import KVStore
@@ -25,8 +24,7 @@ def attend_stored(
     Args:
         q: `[B, H, M, D]`.
         store: With at least these M tokens.
-        slots: int64 `[B, G or H, K]`, what the heads attend to instead of everything, -1 being an empty place; M is 1
-            then.
+        slots: int64 `[B, G or H, K]`, what the heads attend to instead of everything; -1 is an empty place.
         window: As in `decode_attend`, in slots.
         softcap: As in `decode_attend`.
         scale: Factor on q k^T; None means D^-0.5.
@@ -40,9 +38,7 @@ def attend_stored(
     """
     dtype, channels = q.dtype, store.channels
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    if slots is not None:
-        cache, channels = _gathered(store, slots), None
-    elif store.storage.bits == 2:
+    if store.storage.bits == 2:
         cache, channels = KVPages.from_dense(store.keys, store.values, lengths=store.lengths), None
     else:
         cache = store.pages()
@@ -50,8 +46,8 @@ def attend_stored(
         q = _per_head(q, channels[0])
     q = q if cache.bits is not None else q.to(cache.k.dtype)
     out, lse = decode_attend(
-        q, cache, window=window, softcap=softcap, scale=scale, return_lse=True, impl=impl
-    )  # fmt: skip
+        q, cache, slots=slots, window=window, softcap=softcap, scale=scale, return_lse=True, impl=impl
+    )
     out = out if channels is None else _per_head(out, channels[1])
     return AttentionOutput(out.to(dtype), lse)
 
@@ -59,12 +55,6 @@ def attend_stored(
 def _per_head(x: Tensor, factors: Tensor) -> Tensor:
     """`x` `[B, H, M, D]` times `factors` `[B, G, D]`, in the dtype of x."""
     return x * factors.repeat_interleave(x.shape[1] // factors.shape[1], 1)[:, :, None]
-
-
-def _gathered(store: KVStore, slots: Tensor) -> KVPages:
-    """The listed slots as a cache of their own, a head per list."""
-    order = (slots < 0).to(torch.uint8).argsort(dim=-1, stable=True)
-    return KVPages.from_dense(*store.gather(slots.gather(-1, order)), lengths=(slots >= 0).sum(-1))
 
 
 __all__ = ["attend_stored"]

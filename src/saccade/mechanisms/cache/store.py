@@ -260,7 +260,8 @@ class KVStore:
         self.dtype, self.dims = k.dtype, (k.shape[3], v.shape[3])
         if self.storage.normalise:
             hidden = None if present is None else ~present[:, None, :, None]
-            largest = ((x if hidden is None else x.masked_fill(hidden, 0.0)).abs().amax(2).sqrt() for x in (k, v))
+            shown = (x if hidden is None else x.masked_fill(hidden, 0.0) for x in (k, v))
+            largest = (x.abs().amax(2).sqrt() if x.shape[2] else torch.ones_like(x.sum(2)) for x in shown)
             self.channels = tuple(torch.where(x > 0, x, 1.0) for x in largest)  # type: ignore[assignment]
 
     def _encoded(self, number: int, x: Tensor, entry: Tensor, head: Tensor) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from saccade.ops.attend.band import band, density
@@ -28,12 +29,12 @@ def _rules(call: Call) -> tuple[int, int, float | None, float]:
 
 
 def _run(impl: str, call: Call) -> tuple[Tensor, Tensor]:
-    return operator.run(call["q"], call["cache"], *_rules(call), call["workspace"], impl)
+    return operator.run(call["q"], call["cache"], *_rules(call), call["workspace"], impl, call["slots"])
 
 
 def _run_reference(call: Call) -> tuple[Tensor, Tensor]:
     call["cache"].validate()
-    return reference_decode(call["q"], call["cache"], *_rules(call))
+    return reference_decode(call["q"], call["cache"], *_rules(call), call["slots"])
 
 
 IMPLEMENTATIONS = {
@@ -63,15 +64,24 @@ def _check(q: Tensor, cache: KVPages) -> None:
         raise ValueError(f"cache.k is {cache.k.dtype} on {cache.k.device}: expected {q.dtype} on {q.device}, as q")
 
 
+def _check_slots(slots: Tensor, q: Tensor, cache: KVPages) -> None:
+    """Shape, dtype and device of the listed places."""
+    batch, kv_heads = cache.table.shape[:2]
+    if slots.ndim != 3 or slots.shape[0] != batch or slots.shape[1] not in (kv_heads, q.shape[1]):
+        raise ValueError(f"slots of shape {tuple(slots.shape)}: expected [{batch}, {kv_heads} or {q.shape[1]}, K]")
+    if slots.dtype != torch.int64 or slots.device != q.device:
+        raise ValueError(f"slots of {slots.dtype} on {slots.device}: expected torch.int64 on {q.device}")
+
+
 @overload
 def decode_attend(
-    q: Tensor, cache: KVPages, *, causal: bool = ..., window: tuple[int, int] | None = ...,
+    q: Tensor, cache: KVPages, *, slots: Tensor | None = ..., causal: bool = ..., window: tuple[int, int] | None = ...,
     softcap: float | None = ..., scale: float | None = ..., return_lse: Literal[False] = ..., workspace: int = ...,
     impl: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def decode_attend(
-    q: Tensor, cache: KVPages, *, causal: bool = ..., window: tuple[int, int] | None = ...,
+    q: Tensor, cache: KVPages, *, slots: Tensor | None = ..., causal: bool = ..., window: tuple[int, int] | None = ...,
     softcap: float | None = ..., scale: float | None = ..., return_lse: Literal[True], workspace: int = ...,
     impl: str = ...,
 ) -> AttentionOutput: ...  # fmt: skip
@@ -79,6 +89,7 @@ def decode_attend(
     q: Tensor,
     cache: KVPages,
     *,
+    slots: Tensor | None = None,
     causal: bool = True,
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
@@ -97,6 +108,8 @@ def decode_attend(
     Args:
         q: `[B, H, M, D]`, floating point.
         cache: The keys and values; floats of q's dtype, or codes.
+        slots: int64 `[B, G or H, K]`: places of the tokens that the queries of each head attend to instead of all; at
+            most once each, -1 is an empty place, and what lies past the head's length is not seen.
         causal: Query i sees keys j <= i + L - M only.
         window: `(left, right)`: query i sees keys i + L - M - left .. i + L - M + right; -1 = unbounded. With `causal`,
             `right` counts as 0.
@@ -113,18 +126,21 @@ def decode_attend(
         ValueError: If an argument is out of range or does not fit the others, or `impl` cannot run the call.
     """
     _check(q, cache)
+    if slots is not None:
+        _check_slots(slots, q, cache)
     check_window(window)
     check_softcap(softcap)
     check_scale(scale)
     check_workspace(workspace)
     call = {
-        "q": q, "cache": cache, "causal": causal, "window": window, "softcap": softcap, "scale": scale,
+        "q": q, "cache": cache, "slots": slots, "causal": causal, "window": window, "softcap": softcap, "scale": scale,
         "workspace": workspace,
     }  # fmt: skip
     chosen, refused = choose("decode_attend", IMPLEMENTATIONS, impl, call)
     if is_recording():
         keys = cache.longest
         kept = density(q.shape[2], keys, *band(causal, window, q.shape[2], keys), None, None)
+        kept = kept if slots is None else float((slots >= 0).sum()) / max(1, slots.shape[0] * slots.shape[1] * keys)
         record(RunRecord("decode_attend", chosen.name, refused, kept))
     out, lse = chosen.run(call)
     return AttentionOutput(out, lse) if return_lse else out

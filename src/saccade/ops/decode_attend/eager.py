@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,12 @@ CPU_CACHE = 32 * 2**20
 """On CPUs stretches that stay in cache are faster."""
 
 
-def _stretch(cache: KVPages, start: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values of tokens start .. end - 1, `[B, G, L, .]`, and bool `[B, G, L]`: which are there."""
-    token = torch.arange(start, end, device=cache.k.device)
-    present = token < cache.lengths[..., None]
-    page = cache.table[:, :, token // cache.page_size].masked_fill(~present, 0)
+def _stretch(cache: KVPages, token: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of tokens `[L]`, or of each head's own `[B, G, L]`: `[B, G, L, .]`; bool: which are there."""
+    present = (token >= 0) & (token < cache.lengths[..., None])
+    token = token.clamp(min=0).expand_as(present)
+    entry = (token // cache.page_size).clamp(max=cache.table.shape[2] - 1)
+    page = cache.table.gather(2, entry).masked_fill(~present, 0)
     dense = []
     for x, scale, zero in ((cache.k, cache.k_scale, cache.k_zero), (cache.v, cache.v_scale, cache.v_zero)):
         at = (page, token % cache.page_size)
@@ -29,10 +32,15 @@ def _stretch(cache: KVPages, start: int, end: int, dtype: torch.dtype) -> tuple[
 
 
 def forward(
-    q: Tensor, cache: KVPages, left: int, right: int, softcap: float | None, scale: float, workspace: int
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, cache: KVPages, left: int, right: int, softcap: float | None, scale: float, workspace: int,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`out` `[B, H, M, E]` in q's dtype and `lse` `[B, H, M]`."""
     batch, heads, queries, dim = q.shape
+    if slots is not None and slots.shape[1] != cache.table.shape[1]:  # a list per query head: each a head of its own
+        share = slots.shape[1] // cache.table.shape[1]
+        table, lengths = (x.repeat_interleave(share, 1) for x in (cache.table, cache.lengths))
+        cache = replace(cache, table=table, lengths=lengths)
     kv_heads, dtype = cache.table.shape[1], accumulation_dtype(q.dtype)
     rows = heads // kv_heads * queries
     tiles = q.reshape(batch * kv_heads, rows, dim).to(dtype)
@@ -40,13 +48,14 @@ def forward(
     total = AttentionOutput(nothing, tiles.new_full(tiles.shape[:2], -torch.inf))
     workspace = min(workspace, CPU_CACHE) if q.device.type == "cpu" else workspace
     token_bytes = batch * kv_heads * (3 * sum(cache.dims) + 4 * rows) * dtype.itemsize
-    step, longest = max(1, workspace // token_bytes), cache.longest
+    step, longest = max(1, workspace // token_bytes), cache.longest if slots is None else slots.shape[2]
     place = torch.arange(queries, device=q.device)[:, None] + (cache.lengths - queries).reshape(-1, 1, 1)
     for start in range(0, longest, step):
         end = min(start + step, longest)
-        k, v, present = _stretch(cache, start, end, dtype)
+        token = torch.arange(start, end, device=q.device) if slots is None else slots[..., start:end]
+        k, v, present = _stretch(cache, token, dtype)
         k, v, mask = k.flatten(0, 1), v.flatten(0, 1), present.flatten(0, 1)[:, None]
-        key = torch.arange(start, end, device=q.device)
+        key = token if slots is None else token.flatten(0, 1)[:, None]
         if left >= 0:
             mask = mask & (key >= place - left)
         if right >= 0:

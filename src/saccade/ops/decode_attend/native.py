@@ -15,7 +15,8 @@ from saccade.types import KVPages
 def refuses(call: Mapping[str, Any]) -> str | None:
     """Why the engine cannot serve the call, or None."""
     q, cache = call["q"], call["cache"]
-    if 0 in q.shape or 0 in cache.k.shape or 0 in cache.v.shape:
+    listed = () if call["slots"] is None else call["slots"].shape
+    if 0 in (*q.shape, *cache.k.shape, *cache.v.shape, *listed):
         return "the problem is empty"
     return unusable(q)
 
@@ -23,14 +24,20 @@ def refuses(call: Mapping[str, Any]) -> str | None:
 def forward(
     q: Tensor, cache: KVPages, left: int, right: int, softcap: float | None, scale: float,
     workspace: int,  # noqa: ARG001
+    slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `eager.forward`; its temporaries are a tile per thread and one result per 512 tokens."""
     pages = cpu.Pages(
         cache.table, cache.lengths, cache.longest, cache.dims, cache.bits,
         (cache.k_scale, cache.v_scale, cache.k_zero, cache.v_zero),
     )  # fmt: skip
+    lists = None
+    if slots is not None:
+        lengths = cache.lengths.repeat_interleave(slots.shape[1] // cache.lengths.shape[1], 1)
+        lists = slots.masked_fill(slots >= lengths[..., None], -1)[:, :, None]
     out, lse = cpu.decoding(
-        q, cache.k, cache.v, scale=scale, left=left, right=right, softcap=softcap, pages=pages
+        q, cache.k, cache.v, scale=scale, left=left, right=right, softcap=softcap, pages=pages, lists=lists,
+        group=q.shape[2],
     )  # fmt: skip
     return out.to(q.dtype), lse
 

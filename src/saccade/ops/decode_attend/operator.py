@@ -20,12 +20,12 @@ NO_BACKWARD = "decode_attend has no backward: use attend, on the keys and values
 def _decode_attend(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
     k_zero: Tensor | None, v_zero: Tensor | None, left: int, right: int, softcap: float | None, scale: float,
-    workspace: int, impl: str,
+    workspace: int, impl: str, slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     cache = KVPages(k, v, table, lengths, k_scale, v_scale, k_zero, v_zero)
     cache.validate()
     with no_autocast(q.device):
-        out, lse = FORWARDS[impl](q, cache, left, right, softcap, scale, workspace)
+        out, lse = FORWARDS[impl](q, cache, left, right, softcap, scale, workspace, slots)
     return out.contiguous(), lse.contiguous()
 
 
@@ -43,7 +43,8 @@ decode_attend_op = torch.library.custom_op(
     _decode_attend,
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lengths, Tensor? k_scale, Tensor? v_scale, "
-    "Tensor? k_zero, Tensor? v_zero, int left, int right, float? softcap, float scale, int workspace, str impl) "
+    "Tensor? k_zero, Tensor? v_zero, int left, int right, float? softcap, float scale, int workspace, str impl, "
+    "Tensor? slots=None) "
     "-> (Tensor, Tensor)",
 )
 decode_attend_op.register_fake(_fake)
@@ -51,12 +52,13 @@ decode_attend_op.register_autograd(_backward)
 
 
 def run(
-    q: Tensor, cache: KVPages, left: int, right: int, softcap: float | None, scale: float, workspace: int, impl: str
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, cache: KVPages, left: int, right: int, softcap: float | None, scale: float, workspace: int, impl: str,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator on a `KVPages`."""
     return torch.ops.saccade.decode_attend(
         q, cache.k, cache.v, cache.table, cache.lengths, cache.k_scale, cache.v_scale, cache.k_zero, cache.v_zero,
-        left, right, softcap, scale, workspace, impl,
+        left, right, softcap, scale, workspace, impl, slots,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from saccade.types import KVPages
 
 
 def reference_decode(
-    q: Tensor, cache: KVPages, left: int, right: int, softcap: float | None, scale: float
+    q: Tensor, cache: KVPages, left: int, right: int, softcap: float | None, scale: float, slots: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`out` `[B, H, M, E]` in q's dtype and `lse` `[B, H, M]`."""
     k, v = cache.to_dense(torch.float64 if q.dtype == torch.float64 else torch.float32)
@@ -23,4 +23,8 @@ def reference_decode(
         mask = mask & (key >= place - left)
     if right >= 0:
         mask = mask & (key <= place + right)
+    if slots is not None:
+        listed = torch.zeros(*slots.shape[:2], k.shape[2] + 1, dtype=torch.bool, device=q.device)
+        listed.scatter_(2, torch.where((slots < 0) | (slots >= k.shape[2]), k.shape[2], slots), value=True)
+        mask = mask & listed[..., :-1].repeat_interleave(q.shape[1] // slots.shape[1], 1)[:, :, None]
     return reference_attention(q, k, v, mask, scale=scale, softcap=softcap)
