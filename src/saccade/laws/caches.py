@@ -219,9 +219,9 @@ CHECKS = {
 
 REASONS = {
     2: "a cache serves inference: the card lists no gradients",
-    3: "a cache's interface has no padding",
+    3: "padding is not stored: padded batches are judged in tests/mechanisms/cache and tests/plug",
     8: "its offsets are those of the engines, which tests/laws/test_engines.py covers",
     11: "a cache changes its shape with every token and holds state: it runs around compiled engines",
-    14: "recipes choose what attention computes; they do not yet govern the cache of a model",
+    14: "a policy governs a model through PagedCache, which changes nothing in it; recipes do not name policies yet",
     15: "not defined over shards of a sequence",
 }
