@@ -155,6 +155,14 @@ struct RowScratch {
   float *scores, *slopes;    // [ROW_GROUP][pairs][LANES]
 };
 
+constexpr int RUNS = 8 * ROW_GROUP;
+
+// Tokens that the next group of rows needs, for which the cache is asked a few at a time while this one is worked on.
+struct Run {
+  const char* place;
+  int64_t apart, bytes, left;
+};
+
 class BoxRows {
  public:
   BoxRows(const Boxes& problem, const Room& room, const SheetPart& part, char* memory, int64_t b)
@@ -200,6 +208,9 @@ class BoxRows {
         fetch(p.k, group, p.storage, p.dim, row, s.ring + slot * p.dim * width_of(room));
         fetch(p.v, group, p.storage, p.value_dim, row, s.ring_too + slot * p.value_dim * width_of(room));
       });
+      if (expect_others(p.k, group, p.storage, p.dim) && expect_others(p.v, group, p.storage, p.value_dim))
+        expect_own(p.q, head, p.storage, p.dim);
+      ration(2);
       each_tile([&] { forward_tile(); });
     });
   }
@@ -216,6 +227,12 @@ class BoxRows {
         fetch(p.k, group, p.storage, p.dim, row, s.ring + slot * p.dim * width_of(room));
         fetch(p.v, group, p.storage, p.value_dim, row, s.ring_too + slot * p.value_dim * width_of(room));
       });
+      if (expect_others(p.k, group, p.storage, p.dim) && expect_others(p.v, group, p.storage, p.value_dim)) {
+        expect_own(p.q, head, p.storage, p.dim);
+        expect_own(rows_at(p.grad_out), head, FP32, p.value_dim);
+        expect_own(rows_at(p.out), head, FP32, p.value_dim);
+      }
+      ration(3);
       each_tile([&] { queries_tile(); });
     });
   }
@@ -235,6 +252,11 @@ class BoxRows {
           fetch(rows_at(p.grad_out), head, FP32, p.value_dim, row, s.ring_too + slot * p.value_dim * width_of(room));
           fetch_numbers(row, slot * width_of(room));
         });
+        if (expect_others(p.q, head, p.storage, p.dim) && expect_others(rows_at(p.grad_out), head, FP32, p.value_dim)) {
+          expect_own(p.k, group, p.storage, p.dim);
+          expect_own(p.v, group, p.storage, p.value_dim);
+        }
+        ration(4);
         each_tile([&] { keys_tile(begins, ends); });
       });
     }
@@ -255,6 +277,9 @@ class BoxRows {
   int live = 0;                  // lanes with a token
   Window window;
   vf lse[ROW_GROUP], delta[ROW_GROUP];
+  Run runs[RUNS];
+  int pending = 0;
+  int64_t dose = 0;              // tokens to ask for at a time
 
   // An odd number of vectors, so that channels spread over the cache's sets; the last one may be read, but never used.
   static int64_t width_of(const Room& room) { return (((room.columns + LANES - 1) / LANES + 1) | 1) * LANES; }
@@ -278,6 +303,7 @@ class BoxRows {
       line = row % sheet.size[1];
       int64_t most = part.to - row < sheet.size[1] - line ? part.to - row : sheet.size[1] - line;
       count = int(most < ROW_GROUP ? most : ROW_GROUP);
+      pending = 0;
       work();
     }
   }
@@ -303,6 +329,50 @@ class BoxRows {
         while (to < count && first[to] <= y) ++to;
         if (from < to) work(number, z * sheet.size[1] + y, int(z % room.planes * room.rows + y % room.rows), from, to);
       }
+    }
+  }
+
+  // Rows of the group after this one.
+  int64_t coming() const {
+    int64_t rest = sheet.size[1] - line - count, here = part.to - plane * sheet.size[1] - line - count;
+    return rest < here ? (rest < ROW_GROUP ? rest : ROW_GROUP) : (here < ROW_GROUP ? here : ROW_GROUP);
+  }
+
+  void expect(const Rows& x, int64_t h, int32_t storage, int64_t dim, int64_t row, int64_t column, int64_t tokens) {
+    const int64_t size = storage == FP32 ? 4 : 2;
+    if (pending < RUNS)
+      runs[pending++] = {row_of(x, b, h, token(row, column), storage), sheet.step[2] * x.row_stride * size, dim * size, tokens};
+  }
+
+  // Those rows of the other side that the next group sees and this one does not; whether there is a next group.
+  bool expect_others(const Rows& x, int64_t h, int32_t storage, int64_t dim) {
+    const int64_t next = coming();
+    if (next <= 0) return false;
+    const int32_t* last = sheet.last[1] + line + count - 1;
+    for (int64_t z = sheet.first[0][plane]; z <= sheet.last[0][plane]; ++z)
+      for (int64_t y = last[0] + 1; y <= last[next]; ++y) expect(x, h, storage, dim, z * sheet.size[1] + y, origin, columns);
+    return true;
+  }
+
+  void expect_own(const Rows& x, int64_t h, int32_t storage, int64_t dim) {
+    const int64_t row = plane * sheet.size[1] + line + count;
+    for (int64_t r = 0; r < coming(); ++r) expect(x, h, storage, dim, row + r, part.left, part.right - part.left);
+  }
+
+  // Spreads what is expected over `uses` calls of ask for every row that every tile sees.
+  void ration(int64_t uses) {
+    int64_t tokens = 0, seen = sheet.last[1][line + count - 1] - sheet.first[1][line] + 1;
+    for (int i = 0; i < pending; ++i) tokens += runs[i].left;
+    int64_t calls = uses * ((part.right - part.left + LANES - 1) / LANES) * (seen > 0 ? seen : 1);
+    dose = (tokens + calls - 1) / calls;
+  }
+
+  void ask() {
+    for (int64_t tokens = dose; tokens && pending;) {
+      Run& run = runs[pending - 1];
+      for (; tokens && run.left; --tokens, --run.left, run.place += run.apart)
+        for (int64_t at = 0; at < run.bytes; at += 64) __builtin_prefetch(run.place + at, 0, 2);
+      if (!run.left) --pending;
     }
   }
 
@@ -372,6 +442,7 @@ class BoxRows {
 
   void products(const float* ring, int64_t dim, int slot, int from, int to, const float* mine, float* out, int64_t apart) {
     Slid other = slid(ring, dim, slot);
+    ask();
     with_take(window, [&](const auto& take) {
       with_rows(to - from, [&]<int R>() {
         slide_products<R>(other, take, mine + from * dim * LANES, dim * LANES, out + from * apart, apart);
@@ -381,6 +452,7 @@ class BoxRows {
 
   void add(const float* ring, int64_t dim, int slot, int from, int to, const float* weights, int64_t apart, float* total) {
     Slid other = slid(ring, dim, slot);
+    ask();
     with_take(window, [&](const auto& take) {
       with_rows(to - from, [&]<int R>() {
         slide_sums<R>(other, take, weights + from * apart, apart, total + from * dim * LANES, dim * LANES);
