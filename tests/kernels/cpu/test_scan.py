@@ -186,6 +186,17 @@ def test_a_long_sequence_agrees_with_its_pieces(decay: str) -> None:
     torch.testing.assert_close(state, last, rtol=1e-4, atol=1e-4)
 
 
+def test_results_large_enough_for_large_pages_agree_with_pieces() -> None:
+    inputs = problem((1, 8, 1, 8250, 16, 64), "head")  # 16 MiB and a part of a page
+    q, k, v, log_decay, state = inputs
+    whole, last = scan_native(*inputs, 0.5)
+    cut = 4128  # a whole number of chunks
+    first, state = scan_native(q[:, :, :, :cut], k[:, :, :cut], v[:, :, :cut], log_decay, state, 0.5)
+    second, state = scan_native(q[:, :, :, cut:], k[:, :, cut:], v[:, :, cut:], log_decay, state, 0.5)
+    torch.testing.assert_close(torch.cat((first, second), 3), whole, rtol=0, atol=0)
+    torch.testing.assert_close(state, last, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("decay", ["none", "token", "channel"])
 def test_what_later_tokens_hold_reaches_no_earlier_one(decay: str, bad: float) -> None:

@@ -2,6 +2,7 @@
 // computed by the same sums either way, so that the cut changes no bit.
 #include "engine.hpp"
 #include "export.hpp"
+#include "pages.hpp"
 #include "threads.hpp"
 
 using namespace saccade;
@@ -85,6 +86,18 @@ int backward(const ScanGradient& g) {
 }  // namespace
 
 // 0, or 1 if memory ran out.
-EXPORT int saccade_scan(const Scan* p) { return p->tokens == 1 ? step(p) : forward(*p); }
+EXPORT int saccade_scan(const Scan* p) {
+  if (p->tokens == 1) return step(p);
+  const int64_t element = p->storage == FP32 ? 4 : 2, rows = p->batch * p->states * p->tokens;
+  expect_writing(p->out, rows * p->sets * p->value_dim * element);
+  return forward(*p);
+}
 
-EXPORT int saccade_scan_gradient(const ScanGradient* p) { return backward(*p); }
+EXPORT int saccade_scan_gradient(const ScanGradient* g) {
+  const Scan& p = g->scan;
+  const int64_t element = p.storage == FP32 ? 4 : 2, rows = p.batch * p.states * p.tokens;
+  expect_writing(g->dq, rows * p.sets * p.dim * element);
+  expect_writing(g->dk, rows * p.dim * element);
+  expect_writing(g->dv, rows * p.value_dim * element);
+  return backward(*g);
+}
