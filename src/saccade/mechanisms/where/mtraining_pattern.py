@@ -45,7 +45,10 @@ def _ladder(n: int) -> tuple[dict[str, Any], ...]:
             "One size for all heads of a call; the authors read each head's from an offline search, as for "
             "`minference`, whose lines differ: they are chosen by weights, not scores, and are not widened to blocks."
         ),
-        "With mass, a block of queries always keeps its own block of keys, so that no query is left with nothing.",
+        (
+            "With mass, a block of queries always keeps its own block of keys, so that no query is left with nothing, "
+            "and the most lines are not rounded up to multiples of 128."
+        ),
         "A last block that is not full is cut short; the authors' lengths are multiples of the block.",
     ),
     example={"vertical": 8, "slash": 4, "last_queries": 8, "sinks": 2, "local": 4, "block": 16},
