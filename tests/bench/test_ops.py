@@ -143,7 +143,8 @@ def test_the_table_of_the_issue_is_covered():
         "dense causal N=1,024 D=64 fp32 forward", "dense full N=4,096 D=128 bf16 forward",
         "dense causal N=16,384 D=128 bf16 forward", "window 1,024 N=16,384",
         "blocks 25% of 64 N=4,096 D=64 bf16 forward",
-        "blocks 25% of 64 N=4,096 D=64 fp32 forward+backward", "decode cache=131,072", "top-k 1,024 of 32,768",
+        "blocks 25% of 64 N=4,096 D=64 fp32 forward+backward", "decode cache=131,072",
+        "decode cache=32,768 D=128 int8", "top-k 1,024 of 32,768",
         "top-k 4,096 of 131,072", "neighbourhood 56x56 of 7x7 B=8", "scan scalar decay N=131,072",
         "choosing moba N=16,384",
     ):  # fmt: skip
@@ -153,9 +154,14 @@ def test_the_table_of_the_issue_is_covered():
 @pytest.mark.skipif(cpu.missing() is not None, reason=f"no C++ engine: {cpu.missing()}")
 def test_small_cases_run_and_agree_with_their_peers():
     seen = []
-    outcomes = bench_ops(quick=True, only="dense.*fp32|window.*fp32|blocks 25.*fp32", rounds=1, progress=seen.append)
+    outcomes = bench_ops(
+        quick=True,
+        only="dense.*fp32|window.*fp32|blocks 25.*fp32|decode.*(fp32|int)|top-k.*fp32",
+        rounds=1,
+        progress=seen.append,
+    )
     assert seen == outcomes
-    assert len(outcomes) == 7
+    assert len(outcomes) == 11
     for outcome in outcomes:
         assert outcome.engine.endswith(":cpu")
         assert outcome.ours > 0

@@ -12,8 +12,9 @@ from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
 from saccade.bench.cases import DTYPES, draw
 from saccade.bench.ops import Case, Peer, Work
-from saccade.ops import attend, gather_attend
-from saccade.types import TokenIndex
+from saccade.ops import attend, decode_attend, gather_attend
+from saccade.types import KVPages, TokenIndex
+from saccade.types.pages import dequantise, quantise
 
 QUERY_HEADS, KV_HEADS, DIM = 32, 8, 128
 
@@ -23,6 +24,8 @@ def cases(quick: bool) -> list[Case]:
     found = []
     for tokens, dtype in itertools.product((1024,) if quick else (8192, 32768, 131072), DTYPES):
         found.append(Case(f"decode cache={tokens:,} D=128 {dtype}", partial(_decode, tokens, DTYPES[dtype])))
+    tokens = 1024 if quick else 32768
+    found += [Case(f"decode cache={tokens:,} D=128 int{bits}", partial(_codes, tokens, bits)) for bits in (8, 4)]
     lists = [(1024, 64)] if quick else itertools.product((32768, 131072), (1024, 4096))
     for (tokens, kept), dtype in itertools.product(lists, DTYPES):
         name = f"top-k {kept:,} of {tokens:,} D=128 {dtype}"
@@ -70,6 +73,33 @@ def _decode(tokens: int, dtype: torch.dtype) -> Work:
             "one read of the cache": Peer(read(k, v), same=False),
         },
         bytes=k.nbytes + v.nbytes,
+        before=cold(),
+    )
+
+
+def _codes(tokens: int, bits: int) -> Work:
+    """A cache in codes with a scale per 64 channels, in pages of 64 tokens, dequantised inside the engine."""
+    q, k, v = cache(tokens, torch.float32)
+    (keys, k_scale, _), (values, v_scale, _) = (quantise(x.view(-1, 64, DIM), bits, 64) for x in (k, v))
+    table = torch.arange(len(keys)).view(1, KV_HEADS, -1)
+    lengths = torch.full((1, KV_HEADS), tokens)
+    pages = KVPages(keys, values, table, lengths, k_scale, v_scale)
+
+    def dequantised() -> Tensor:
+        near, far = (
+            dequantise(codes, scale, None).view(1, KV_HEADS, tokens, DIM)
+            for codes, scale in ((keys, k_scale), (values, v_scale))
+        )
+        return scaled_dot_product_attention(q, near, far, enable_gqa=True)
+
+    stored = (keys, values, k_scale, v_scale)
+    return Work(
+        _must_run(lambda: decode_attend(q, pages, impl="cpu")),
+        {
+            "dequantise + SDPA": Peer(dequantised),
+            "one read of the cache": Peer(read(*stored), same=False),
+        },
+        bytes=sum(x.nbytes for x in stored),
         before=cold(),
     )
 
