@@ -92,6 +92,8 @@ CACHES = {
     "odd dims": {"dims": (17, 3)}, "int8": {"bits": 8}, "int8 groups": {"bits": 8, "group": 16, "zero_point": True},
     "int8 odd": {"bits": 8, "dims": (33, 12)}, "int4": {"bits": 4}, "int4 groups": {"bits": 4, "group": 32},
     "int4 narrow": {"bits": 4, "group": 2, "zero_point": True, "dims": (40, 20)},
+    "int8 in registers": {"bits": 8, "group": 16, "dims": (64, 48)},
+    "int4 in registers": {"bits": 4, "group": 16, "dims": (96, 64)},
 }  # fmt: skip
 RULES = [
     {"causal": True}, {"causal": False}, {"causal": True, "window": (9, -1), "softcap": 1.5},

@@ -26,7 +26,7 @@ def forward(
     workspace: int,  # noqa: ARG001
     slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `eager.forward`; its temporaries are a tile per thread and one result per 512 tokens."""
+    """As `eager.forward`; its temporaries are a tile per thread and one result per 512 tokens or more."""
     pages = cpu.Pages(
         cache.table, cache.lengths, cache.longest, cache.dims, cache.bits,
         (cache.k_scale, cache.v_scale, cache.k_zero, cache.v_zero),
