@@ -135,7 +135,7 @@ class PagedCache(Cache):
         policies = [policy] * count if isinstance(policy, CachePolicy) else list(policy)
         if len(policies) != count or not all(isinstance(item, CachePolicy) for item in policies):
             raise ValueError(f"policy={policy!r}: expected a CachePolicy, or one for each of {count} layers")
-        self.step = Step()
+        self.step = Step(layers=count)
         super().__init__(layers=[PagedLayer(item, number, self.step) for number, item in enumerate(policies)])
 
     @property

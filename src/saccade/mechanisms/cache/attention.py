@@ -31,7 +31,7 @@ class CachedAttention:
     @classmethod
     def stack(cls, policy: CachePolicy, layers: int) -> list[CachedAttention]:
         """One for each of a model's layers, sharing one `Step`; call them in order."""
-        step = Step()
+        step = Step(layers=layers)
         return [cls(policy, layer, step) for layer in range(layers)]
 
     def reset(self) -> None:

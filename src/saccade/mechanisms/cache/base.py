@@ -31,12 +31,14 @@ class Step:
 
     Args:
         layer: The layer that is running, from 0.
+        layers: How many there are.
         scale: Factor on q k^T in this call; None means D^-0.5.
         lse: Log-sum-exp of the rows of this call, `[B, H, M]`; None for a policy without `needs_lse`.
         picked: Left by an earlier layer of this call for the later ones.
     """
 
     layer: int = 0
+    layers: int = 1
     scale: float | None = None
     lse: Tensor | None = None
     picked: Any = None
@@ -227,11 +229,15 @@ def slots_read(chosen: Choice, q: Tensor, store: KVStore) -> int:
     return int((chosen.indices >= 0).sum()) * lists // (chosen.indices.shape[0] * chosen.indices.shape[1])
 
 
-def best(scores: Tensor, count: int) -> Tensor:
-    """The `count` highest of each head, bool `[B, G, n]`; ties go to the earlier slot, -inf is never among them."""
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, value=True)
-    return chosen & (scores > -torch.inf)
+def best(scores: Tensor, count: int | Tensor) -> Tensor:
+    """The `count` highest of each head, bool `[B, G, n]`; ties go to the earlier slot, -inf is never among them.
+
+    A number for each head is int64 `[B, 1 or G]`.
+    """
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    count = count if isinstance(count, int) else count[..., None]
+    among = (torch.arange(scores.shape[-1], device=scores.device) < count).expand_as(scores)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, among) & (scores > -torch.inf)
 
 
 @torch.no_grad()
