@@ -26,7 +26,7 @@ FIRST_SPEED = 0.75
 RAISE, BACK_OFF = 4.0, 0.3
 """What the damage is multiplied by while every mixture tried holds, and while none does; in between it is bisected."""
 
-WORTH = 0.02
+WORTH = 0.05
 """Part of the dense attention time that a mixture must save over the best one that held, to be tried."""
 
 RETRIEVAL_LOSS = 0.1

@@ -73,9 +73,9 @@ class Settings:
         questions = tuple((n, depth) for n in lengths for depth in depths)
         # The longest prompts take longest, but a key is lost there first: the search asks for more of them.
         at_context = () if quick and questions else (0.25, 0.75)
-        trials = (0.5,) if quick else (0.1, 0.4, 0.6, 0.9)
+        trials = (0.5,) if quick else (0.2, 0.5, 0.8)
         return cls(
-            context, budget, seed, 2 if quick else 4, 1 if quick else 3, context // 2 if quick else context,
+            context, budget, seed, 2 if quick else 3, 1 if quick else 3, context // 2 if quick else context,
             questions + tuple((context, depth) for depth in at_context),
             questions + tuple((context, depth) for depth in trials),
         )  # fmt: skip

@@ -26,7 +26,7 @@ SAMPLED, SAMPLE_TOKENS = 4, 128
 """A candidate attends with one of `SAMPLED` stretches of at least `SAMPLE_TOKENS` queries, and its time is scaled up:
 a damage is an average over queries, and so many tell it."""
 
-PROBED, SLOWER = 2, 1.2
+PROBED, SLOWER = 2, 1.0
 """A candidate slower than this many times dense attention in all of the first layers is not scored in the others."""
 
 
