@@ -166,17 +166,11 @@ class Search:
         retrieve: What an assignment does to prompts with a pass key and to the perplexity of their text.
     """
 
-    def __init__(
-        self,
-        choices: Choices,
-        budget: float,
-        retrieve: Callable[[Assignment], Retrieval],
-    ) -> None:
+    def __init__(self, choices: Choices, budget: float, retrieve: Callable[[Assignment], Retrieval]) -> None:
         self.choices = choices
         self.budget = budget
         self.retrieve = retrieve
         self.trials: list[Trial] = []
-        self.assignments: list[Assignment] = []
         dense = torch.zeros(choices.damage.shape[:2], dtype=torch.int64)
         self.best = evaluate(choices, dense)
         self.kept: Trial | None = None
