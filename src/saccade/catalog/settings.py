@@ -15,10 +15,13 @@ from typing import Any, Literal, Union
 def setting_types(target: type) -> dict[str, Any]:
     """Resolved annotation of every parameter of `target`'s constructor; unannotated or unresolvable ones are `Any`."""
     parameters = [p for p in inspect.signature(target).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    try:
-        hints = typing.get_type_hints(target.__init__)  # type: ignore[misc]
-    except NameError:  # a name imported for type checkers only
-        hints = {}
+    hints: dict[str, Any] = {}
+    for owner in (target.__init__, target):  # type: ignore[misc]  # inherited fields are known to their own module
+        try:
+            hints = typing.get_type_hints(owner)
+            break
+        except NameError:  # a name imported for type checkers only
+            continue
     return {parameter.name: hints.get(parameter.name, Any) for parameter in parameters}
 
 
