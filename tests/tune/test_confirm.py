@@ -9,7 +9,7 @@ import torch
 
 from saccade.models.passkey import PasskeyLikelihood
 from saccade.tune.candidates import DENSE, Candidate
-from saccade.tune.confirm import MARGIN, Retrieval, Search, make_choices, make_recipe
+from saccade.tune.confirm import ENOUGH, MARGIN, Retrieval, Search, make_choices, make_recipe
 from saccade.tune.score import CandidateScore
 from saccade.tune.search import Choices, evaluate
 
@@ -77,8 +77,8 @@ def test_the_search_goes_between_what_held_and_what_did_not():
     best = search.run(8, notes.append)
     held = [trial.damage for trial in search.trials if trial.holds]
     lost = [trial.damage for trial in search.trials if not trial.holds]
+    assert 1 <= len(held) <= ENOUGH
     assert max(held) == best.damage <= 0.008 < min(lost)
-    assert max(held) > 0.3 * min(lost)
     assert len(notes) == len(search.trials)
     assert notes[-1].endswith(f"attention {search.trials[-1].seconds:.1f} s")
 
@@ -168,3 +168,9 @@ def test_perplexity_is_that_of_the_text_that_was_scored():
     mine = [answer(0.0), answer(0.0, 2.3), answer(0.0, 2.1)]
     dense = [answer(0.0), answer(0.0, 2.0), answer(0.0, 2.0)]
     assert Retrieval([32, 64, 64], mine, dense).rise == pytest.approx(math.exp(0.2) - 1)
+
+
+def test_two_mixtures_that_hold_are_enough():
+    search = Search(ladder_choices(), 0.5, lambda a: rises(0.0))
+    search.run(8, lambda note: None)
+    assert [trial.holds for trial in search.trials] == [True] * ENOUGH

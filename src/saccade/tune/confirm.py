@@ -29,6 +29,9 @@ RAISE, BACK_OFF = 4.0, 0.3
 WORTH = 0.05
 """Part of the dense attention time that a mixture must save over the best one that held, to be tried."""
 
+ENOUGH = 2
+"""Mixtures that held after which the search ends: the next one would save little more."""
+
 RETRIEVAL_LOSS = 0.1
 """Nats that the answers to the pass keys of a length may lose on average: a lost key is only the end of a slope."""
 
@@ -192,6 +195,8 @@ class Search:
             if not new or assignment.damage <= 0 or self.best.seconds - assignment.seconds < WORTH * dense:
                 break
             self._try(assignment, step)
+            if sum(trial.holds for trial in self.trials) == ENOUGH:
+                break
             target = self._next_target()
         return self.best
 
