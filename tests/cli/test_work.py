@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from saccade.bench import training
 from saccade.cli.app import app
-from saccade.plug import Recipe
+from saccade.plug import LayerCache, PolicyChoice, Recipe
 
 runner = CliRunner()
 
@@ -55,6 +55,17 @@ def test_run_generates_with_a_recipe(saved, byte_model, tmp_path):
     assert result.exit_code == 0, result.output
     assert "tokens/s with the recipe" in result.output
     assert "sink_window(window=8, sinks=2)" in result.output
+
+
+def test_run_uses_the_cache_of_a_recipe(saved, byte_model, tmp_path):
+    recipe = tmp_path / "recipe.json"
+    cache = LayerCache(keep=PolicyChoice("sink_recent", {"sinks": 2, "recent": 7}))
+    Recipe.uniform(byte_model[0], "dense", cache=cache).save(recipe)
+    arguments = ["run", str(saved), "--prompt", "Once upon a time", "--tokens", "4", "--recipe", str(recipe)]
+    result = runner.invoke(app, [*arguments, "--explain"])
+    assert result.exit_code == 0, result.output
+    assert "tokens/s with the recipe, 0.0 MB of keys and values" in result.output
+    assert "keep sink_recent(sinks=2, recent=7)  8.0" in result.output
 
 
 @pytest.mark.parametrize(

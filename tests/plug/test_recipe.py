@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saccade.plug import Choice, Fingerprint, LayerRecipe, Recipe, RecipeError
+from saccade.mechanisms.cache.storage import Storage
+from saccade.plug import Choice, Fingerprint, LayerCache, LayerRecipe, PolicyChoice, Recipe, RecipeError
 from saccade.plug.strict_json import MAX_BYTES
 
 pytestmark = pytest.mark.quick
@@ -26,6 +27,16 @@ RECIPE = Recipe(
         "model.layers.1.self_attn": LayerRecipe(DENSE, DENSE),
     },
     {"context": 8192, "rise": 0.5, "note": "ok", "quick": True, "none": None},
+)
+
+CACHED = Recipe(
+    MODEL,
+    {
+        "a": LayerRecipe(
+            DENSE, DENSE, LayerCache(keep=PolicyChoice("h2o", {"heavy": 8}), store=Storage(bits=8, group=4))
+        ),
+        "b": LayerRecipe(DENSE, DENSE, LayerCache(read=PolicyChoice("tidal_decode"), store=Storage(page=16))),
+    },
 )
 
 
@@ -61,10 +72,10 @@ def test_lists_in_settings_become_tuples() -> None:
         ("[" * 100_000, "nested deeper than 12 levels"),
         ('{"version": ' + "[" * 20 + "]" * 20 + "}", "nested deeper than 12 levels"),
         ('{"version": 1, "version": 1}', "key 'version' appears twice"),
-        (changed(version=2), "version=2: this Saccade reads up to 1; a newer one wrote it"),
-        (changed(version=0), "version=0: expected 1"),
-        (changed(version=True), "version=True: expected 1"),
-        (changed(version="1"), "version='1': expected 1"),
+        (changed(version=3), "version=3: this Saccade reads up to 2; a newer one wrote it"),
+        (changed(version=0), "version=0: expected 1 to 2"),
+        (changed(version=True), "version=True: expected 1 to 2"),
+        (changed(version="1"), "version='1': expected 1 to 2"),
         (changed(colour=1), "recipe: unknown key 'colour', expected version, model, layers, about"),
         (changed(about={"a": [1]}), r"about\['a'\]=\[1\]: expected a string, number, boolean or null"),
         (changed(model={"architecture": "x"}), "model: key 'layers' is missing"),
@@ -117,9 +128,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(place=st.integers(0, 2000), junk=st.binary(max_size=6), length=st.integers(0, 12))
-def test_mutated_bytes_give_a_recipe_or_a_recipe_error(place: int, junk: bytes, length: int) -> None:
-    data = RECIPE.to_json().encode()
+@given(st.sampled_from([RECIPE, CACHED]), st.integers(0, 2000), st.binary(max_size=6), st.integers(0, 12))
+def test_mutated_bytes_give_a_recipe_or_a_recipe_error(base: Recipe, place: int, junk: bytes, length: int) -> None:
+    data = base.to_json().encode()
     mutated = data[:place] + junk + data[place + length :]
     try:
         recipe = Recipe.from_json(mutated)
@@ -136,9 +147,9 @@ JSON = st.recursive(
 
 
 @settings(max_examples=300, deadline=None)
-@given(value=JSON, path=st.lists(st.integers(0, 7), min_size=1, max_size=6))
-def test_any_value_in_any_place_gives_a_recipe_or_a_recipe_error(value: Any, path: list[int]) -> None:
-    tree = node = json.loads(RECIPE.to_json())
+@given(base=st.sampled_from([RECIPE, CACHED]), value=JSON, path=st.lists(st.integers(0, 7), min_size=1, max_size=6))
+def test_any_value_in_any_place_gives_a_recipe_or_a_recipe_error(base: Recipe, value: Any, path: list[int]) -> None:
+    tree = node = json.loads(base.to_json())
     for step in path:
         places = list(node) if isinstance(node, dict) else list(range(len(node)))
         if not places:

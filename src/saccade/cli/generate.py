@@ -16,15 +16,16 @@ console = Console()
 
 def generate(model: Any, tokenizer: Any, text: str, recipe: Recipe | None, tokens: int, *, explain_after: bool) -> None:
     """Greedy generation of an answer to `text`, printed as it comes, then the speeds."""
-    from transformers import TextStreamer
+    from transformers import DynamicCache, TextStreamer
 
     ids = _prompt(tokenizer, text).to(model.device)
     with torch.no_grad(), apply(model, recipe) if recipe is not None else nullcontext():
+        cache = recipe.make_cache(model) if recipe is not None and recipe.has_cache else DynamicCache()
         clock = _Clock(tokenizer, TextStreamer)
         started = time.perf_counter()
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, streamer=clock,
-            pad_token_id=tokenizer.eos_token_id,
+            past_key_values=cache, pad_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
         finished = time.perf_counter()
         report = str(explain(model)) if explain_after else ""
@@ -33,12 +34,21 @@ def generate(model: Any, tokenizer: Any, text: str, recipe: Recipe | None, token
     rate = (made - 1) / (finished - clock.first) if made > 1 else 0.0
     console.print(
         f"\n{ids.shape[1]:,} prompt tokens in {first:.2f} s ({ids.shape[1] / first:,.0f} tokens/s), "
-        f"{made} generated, {rate:.1f} tokens/s{' with the recipe' if recipe is not None else ', dense'}",
+        f"{made} generated, {rate:.1f} tokens/s{' with the recipe' if recipe is not None else ', dense'}, "
+        f"{cache_bytes(cache) / 1e6:,.1f} MB of keys and values",
         highlight=False,
         soft_wrap=True,
     )
     if report:
         print(report)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of keys and values that a cache holds: a `PagedCache`, or one of transformers."""
+    if hasattr(cache, "nbytes"):
+        return int(cache.nbytes)
+    kept = (x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None)
+    return sum(x.numel() * x.element_size() for x in kept)
 
 
 def _prompt(tokenizer: Any, text: str) -> torch.Tensor:

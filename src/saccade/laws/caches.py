@@ -222,6 +222,6 @@ REASONS = {
     3: "padding is not stored: padded batches are judged in tests/mechanisms/cache and tests/plug",
     8: "its offsets are those of the engines, which tests/laws/test_engines.py covers",
     11: "a cache changes its shape with every token and holds state: it runs around compiled engines",
-    14: "a policy governs a model through PagedCache, which changes nothing in it; recipes do not name policies yet",
+    14: "a policy governs a model through PagedCache, which changes nothing in it; its recipes: tests/plug",
     15: "not defined over shards of a sequence",
 }

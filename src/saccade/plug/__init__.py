@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from saccade.plug.cache_recipe import LayerCache, PolicyChoice
 from saccade.plug.fingerprint import Fingerprint, fingerprint
 from saccade.plug.layers import attention_layers
 from saccade.plug.recipe import Choice, LayerRecipe, Recipe
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from saccade.plug.transformers import Handle, apply, patchable_layers
 
 __all__ = [
-    "Choice", "Explanation", "Fingerprint", "Handle", "LayerRecipe", "Observation", "PagedCache", "Recipe",
-    "RecipeError", "apply", "attention_layers", "explain", "fingerprint", "patchable_layers", "watch",
+    "Choice", "Explanation", "Fingerprint", "Handle", "LayerCache", "LayerRecipe", "Observation", "PagedCache",
+    "PolicyChoice", "Recipe", "RecipeError", "apply", "attention_layers", "explain", "fingerprint",
+    "patchable_layers", "watch",
 ]  # fmt: skip
 
 

@@ -33,6 +33,9 @@ class Row:
         fallback: Why dense attention ran instead of the mechanism, or None.
         rule: The recipe's own rule by which dense attention ran, or None.
         seconds: Time of the whole layer's attention in that call.
+        cache: Policy of the layer's key/value cache, in words: the one that ran or, before that, the recipe's.
+        kept: Tokens that the cache held after that call, mean over batch and key/value heads; None if it is not paged.
+        cache_bytes: Bytes of memory that these took.
     """
 
     layer: str
@@ -50,6 +53,13 @@ class Row:
     fallback: str | None = None
     rule: str | None = None
     seconds: float = 0.0
+    cache: str | None = None
+    kept: float | None = None
+    cache_bytes: int | None = None
+
+
+CACHE_HEAD = ("cache", "tokens kept", "bytes")
+"""Columns that are shown where a layer has a cache of its own."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +90,20 @@ class Explanation:
     def __str__(self) -> str:
         if not self.applied:
             return f"{self.model}: no recipe is applied; attention is {self.former!r}"
-        head = ("layer", "phase", "heads", "installed", "ran", "density", "select ms", "M x N", "dense because")
-        lines = [head, *(_cells(row) for row in self.rows)]
+        cached = any(row.cache is not None for row in self.rows)
+        head: tuple[str, ...] = (
+            "layer",
+            "phase",
+            "heads",
+            "installed",
+            "ran",
+            "density",
+            "select ms",
+            "M x N",
+            "dense because",
+        )
+        head += CACHE_HEAD * cached
+        lines = [head, *(_cells(row) + _cache_cells(row) * cached for row in self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
         table = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -102,7 +124,7 @@ def explain(model: nn.Module) -> Explanation:
 def _rows(state: LayerState, phase: str) -> list[Row]:
     routes, last = state.routes.get(phase, ()), state.last.get(phase)
     if last is None:
-        return [Row(state.name, phase, **_installed(route)) for route in routes]
+        return [Row(state.name, phase, **_installed(route), cache=state.policy) for route in routes]
     return [_row(state, phase, route, last, report) for route, report in zip(routes, last.heads, strict=True)]
 
 
@@ -127,6 +149,9 @@ def _row(state: LayerState, phase: str, route: Route, last: CallReport, report: 
         fallback=report.fallback,
         rule=report.rule,
         seconds=last.seconds,
+        cache=state.policy if last.cache is None else last.cache.policy,
+        kept=None if last.cache is None else float(last.cache.lengths.double().mean()),
+        cache_bytes=None if last.cache is None else last.cache.nbytes,
     )
 
 
@@ -143,3 +168,11 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.queries} x {row.keys}" if row.ran else "",
         next((reason for reason in (row.fallback, row.rule) if reason is not None), ""),
     )
+
+
+def _cache_cells(row: Row) -> tuple[str, ...]:
+    if row.cache is None:
+        return "", "", ""
+    if row.kept is None or row.cache_bytes is None:
+        return row.cache, "not in use: pass recipe.make_cache(model)" if row.ran else "", ""
+    return row.cache, f"{row.kept:,.1f}", f"{row.cache_bytes:,}"

@@ -1,17 +1,21 @@
 """Recipes: which mechanism each layer of one model uses, as JSON that is checked to the last key.
 
 ```json
-{"version": 1,
+{"version": 2,
  "model": {"architecture": "LlamaForCausalLM", "layers": 30, "heads": 9, ..., "weights": "<sha-256>"},
  "layers": {"model.layers.0.self_attn": {
    "prefill": [{"heads": "all", "mechanism": "sink_window", "settings": {"window": 1024}}],
-   "decode": [{"heads": [0, 1, 2], "mechanism": "dense", "settings": {}}, ...]}},
+   "decode": [{"heads": [0, 1, 2], "mechanism": "dense", "settings": {}}, ...],
+   "cache": {"keep": {"policy": "h2o", "settings": {"heavy": 256}}, "store": {"bits": 8}}}},
  "about": {"context": 8192}}
 ```
 
 Layers are named exactly as `model.named_modules()` names their attention modules; a layer that is not named stays as it
-is. In each phase (prefill: more than one query; decode: one) every head is chosen for exactly once. `about` holds notes
-and is not interpreted.
+is. In each phase (prefill: more than one query; decode: one) every head is chosen for exactly once. `cache`, which may
+be left out, says what the layer's key/value cache keeps, reads and stores (see `cache_recipe`). `about` holds notes and
+is not interpreted.
+
+Version 2 added `cache`. What needs no more than version 1 is written as that, so that earlier releases read it.
 """
 
 from __future__ import annotations
@@ -19,52 +23,37 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from saccade.catalog import get
+from saccade.plug.cache_recipe import LayerCache, check_caches, dump_cache, parse_cache
+from saccade.plug.choices import DENSE, ENGINES, Choice, cover, dump_choices, parse_choices
 from saccade.plug.fingerprint import Fingerprint, fingerprint
 from saccade.plug.layers import attention_layers
-from saccade.plug.strict_json import MAX_BYTES, RecipeError, expect_keys, expect_object, frozen, parse, shown
+from saccade.plug.strict_json import MAX_BYTES, RecipeError, expect_keys, expect_object, parse, shown
 
-VERSION = 1
-DENSE = "dense"
-"""Name of the choice that computes every pair: as the model had it, or on Saccade's engine (see `ENGINES`)."""
+if TYPE_CHECKING:
+    from saccade.plug.cache import PagedCache
 
-ENGINES = ("model", "saccade")
-"""What may run dense attention, its one setting `engine`. The model's own is the default and equal to the bit."""
-
+VERSION = 2
 PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What some heads of a layer use.
+class LayerRecipe:
+    """What a layer uses.
 
     Args:
-        heads: "all", or indices of query heads, ascending.
-        mechanism: Registry name, or "dense".
-        settings: Hyperparameters of the mechanism; what is left out has its default. Lists are held as tuples.
-        min_tokens: Calls with fewer keys run dense, which is faster below the crossover length.
+        prefill: For calls with more than one query, choices that cover every head exactly once.
+        decode: For calls with one query, likewise.
+        cache: What its key/value cache keeps, reads and stores; None for everything, as it comes.
     """
-
-    heads: Literal["all"] | tuple[int, ...]
-    mechanism: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    min_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "heads", frozen(self.heads))
-        object.__setattr__(self, "settings", frozen(dict(self.settings)))
-
-
-@dataclass(frozen=True)
-class LayerRecipe:
-    """What a layer uses: in each phase, choices that cover every head exactly once."""
 
     prefill: tuple[Choice, ...]
     decode: tuple[Choice, ...]
+    cache: LayerCache | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +78,7 @@ class Recipe:
         settings: Mapping[str, Any] | None = None,
         *,
         decode: bool = True,
+        cache: LayerCache | None = None,
         about: Mapping[str, str | int | float | bool | None] | None = None,
     ) -> Recipe:
         """The recipe that uses one mechanism in every layer and head of the (text) model.
@@ -98,6 +88,7 @@ class Recipe:
             mechanism: Registry name, or "dense".
             settings: Its hyperparameters.
             decode: Use it for single queries too; else, and if it is for prefill only, these stay dense.
+            cache: What every layer's key/value cache keeps, reads and stores.
             about: Notes.
 
         Returns:
@@ -105,10 +96,41 @@ class Recipe:
         """
         chosen = (Choice("all", mechanism, settings if settings is not None else {}),)
         once = mechanism != DENSE and bool(get(mechanism).prefill_only)
-        layer = LayerRecipe(chosen, chosen if decode and not once else (Choice("all", DENSE),))
+        layer = LayerRecipe(chosen, chosen if decode and not once else (Choice("all", DENSE),), cache)
         text = model.config.get_text_config()
         names = [name for name, module in attention_layers(model).items() if module.config is text]
         return cls(fingerprint(model), dict.fromkeys(names, layer), {} if about is None else about)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether a layer says what its cache keeps, reads or stores: `make_cache` then makes what it asks for."""
+        return any(layer.cache is not None for layer in self.layers.values())
+
+    def make_cache(self, model: Any) -> PagedCache:
+        """The cache that this recipe asks for: `model.generate(**inputs, past_key_values=recipe.make_cache(model))`.
+
+        Args:
+            model: The model that this recipe is applied to.
+
+        Returns:
+            An empty cache. Layers without a `cache` keep everything.
+
+        Raises:
+            ValueError: If no recipe is applied to the model.
+            RecipeError: If a policy is unknown, not of its axis, or a setting out of range.
+        """
+        from saccade.plug.cache import PagedCache
+
+        check_caches(self.layers)
+        numbers = {name: getattr(module, "layer_idx", None) for name, module in attention_layers(model).items()}
+        policies = [LayerCache().build()] * int(model.config.get_text_config().num_hidden_layers)
+        for name, layer in self.layers.items():
+            if layer.cache is not None:
+                number = numbers.get(name)
+                if not isinstance(number, int) or number >= len(policies):
+                    raise RecipeError(f"layers[{shown(name)}].cache: the model's layer of this name has no cache")
+                policies[number] = layer.cache.build(f"layers[{shown(name)}].cache")
+        return PagedCache(model, policies)
 
     def to_json(self) -> str:
         """The recipe as JSON; `from_json` gives back an equal one.
@@ -120,10 +142,9 @@ class Recipe:
             RecipeError: If the recipe is not well formed.
         """
         tree = {
-            "version": VERSION,
+            "version": VERSION if self.has_cache else 1,
             "model": asdict(self.model),
-            "layers": {name: {phase: _dump(getattr(layer, phase)) for phase in PHASES}
-                       for name, layer in self.layers.items()},
+            "layers": {name: _dump(layer) for name, layer in self.layers.items()},
             "about": dict(self.about),
         }  # fmt: skip
         try:
@@ -149,15 +170,16 @@ class Recipe:
         tree = expect_object(parse(text), "recipe")
         version = tree.get("version")
         if type(version) is not int or version < 1:
-            raise RecipeError(f"version={shown(version)}: expected {VERSION}")
+            raise RecipeError(f"version={shown(version)}: expected 1 to {VERSION}")
         if version > VERSION:
             raise RecipeError(f"version={shown(version)}: this Saccade reads up to {VERSION}; a newer one wrote it")
         expect_keys(tree, "recipe", ("version", "model", "layers"), optional=("about",))
         model = _fingerprint(tree["model"])
         layers = {
-            name: _layer(value, f"layers[{shown(name)}]", model.heads)
+            name: _layer(value, f"layers[{shown(name)}]", model.heads, version)
             for name, value in expect_object(tree["layers"], "layers").items()
         }
+        check_caches(layers)
         about = expect_object(tree.get("about", {}), "about")
         for name, value in about.items():
             if value is not None and not isinstance(value, str | int | float):
@@ -195,70 +217,21 @@ class Recipe:
             raise RecipeError(f"{path}: {error}") from error
 
 
-def cover(choices: tuple[Choice, ...], heads: int | None, where: str) -> None:
-    """Check that `choices` choose exactly once for each of `heads` query heads (None: unknown, only repeats are seen).
-
-    Args:
-        choices: Of one layer and phase.
-        heads: Query heads of the layer.
-        where: Names the place in messages.
-
-    Raises:
-        RecipeError: Naming the heads.
-    """
-    if any(choice.heads == "all" for choice in choices):
-        if len(choices) > 1:
-            raise RecipeError(f"{where}: {len(choices)} choices and one for all heads, expected every head once")
-        return
-    chosen = [head for choice in choices for head in choice.heads]
-    expected = len(chosen) if heads is None else heads
-    if sorted(chosen) != list(range(expected)):
-        raise RecipeError(f"{where}: heads {shown(sorted(chosen))}, expected each of 0 to {expected - 1} exactly once")
+def _dump(layer: LayerRecipe) -> dict[str, Any]:
+    tree: dict[str, Any] = {phase: dump_choices(getattr(layer, phase)) for phase in PHASES}
+    return tree if layer.cache is None else tree | {"cache": dump_cache(layer.cache)}
 
 
-def _dump(choices: tuple[Choice, ...]) -> list[dict[str, Any]]:
-    return [
-        {
-            "heads": choice.heads,
-            "mechanism": choice.mechanism,
-            "settings": dict(choice.settings),
-            "min_tokens": choice.min_tokens,
-        }
-        for choice in choices
-    ]
-
-
-def _layer(value: Any, where: str, heads: int | None) -> LayerRecipe:
+def _layer(value: Any, where: str, heads: int | None, version: int) -> LayerRecipe:
     tree = expect_object(value, where)
-    expect_keys(tree, where, PHASES)
-    return LayerRecipe(*(_choices(tree[phase], f"{where}.{phase}", heads) for phase in PHASES))
-
-
-def _choices(value: Any, where: str, heads: int | None) -> tuple[Choice, ...]:
-    if not isinstance(value, list) or not value:
-        raise RecipeError(f"{where}={shown(value)}: expected a list of at least one choice")
-    choices = tuple(_choice(item, f"{where}[{place}]") for place, item in enumerate(value))
-    cover(choices, heads, where)
-    return choices
-
-
-def _choice(value: Any, where: str) -> Choice:
-    tree = expect_object(value, where)
-    expect_keys(tree, where, ("heads", "mechanism", "settings"), optional=("min_tokens",))
-    heads, mechanism, min_tokens = tree["heads"], tree["mechanism"], tree.get("min_tokens", 0)
-    if heads != "all":
-        good = isinstance(heads, list) and heads and all(type(head) is int and head >= 0 for head in heads)
-        if not good or sorted(set(heads)) != heads:
-            raise RecipeError(f'{where}.heads={shown(heads)}: expected "all" or ascending head numbers')
-    if not isinstance(mechanism, str) or not mechanism:
-        raise RecipeError(f"{where}.mechanism={shown(mechanism)}: expected the name of a mechanism or {DENSE!r}")
-    settings = expect_object(tree["settings"], f"{where}.settings")
-    if mechanism == DENSE and (set(settings) - {"engine"} or settings.get("engine", ENGINES[0]) not in ENGINES):
-        expected = " or ".join(map(repr, ENGINES))
-        raise RecipeError(f"{where}.settings={shown(settings)}: dense attention has one, 'engine': {expected}")
-    if type(min_tokens) is not int or min_tokens < 0:
-        raise RecipeError(f"{where}.min_tokens={shown(min_tokens)}: expected a count of at least 0")
-    return Choice(heads, mechanism, settings, min_tokens)
+    expect_keys(tree, where, PHASES, optional=("cache",))
+    prefill, decode = (parse_choices(tree[phase], f"{where}.{phase}", heads) for phase in PHASES)
+    layer = LayerRecipe(prefill, decode)
+    if "cache" not in tree:
+        return layer
+    if version < 2:
+        raise RecipeError(f"version={version}: expected 2 for {where}.cache")
+    return replace(layer, cache=parse_cache(tree["cache"], f"{where}.cache"))
 
 
 def _fingerprint(value: Any) -> Fingerprint:
@@ -273,3 +246,6 @@ def _fingerprint(value: Any) -> Fingerprint:
         elif item is not None and (type(item) is not int or item < 1):
             raise RecipeError(f"model.{name}={shown(item)}: expected a count of at least 1, or null")
     return Fingerprint(**tree)
+
+
+__all__ = ["DENSE", "ENGINES", "PHASES", "VERSION", "Choice", "LayerCache", "LayerRecipe", "Recipe", "cover"]

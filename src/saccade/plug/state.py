@@ -13,14 +13,30 @@ STATE = "_saccade"
 """Attribute of a patched module that holds its `LayerState`."""
 
 
+@dataclass(frozen=True)
+class CacheReport:
+    """A layer's `PagedCache` after a call.
+
+    Args:
+        policy: Its policy, in words.
+        lengths: Tokens of each batch entry and key/value head, int64 `[B, G]`.
+        nbytes: Bytes of memory that they hold.
+    """
+
+    policy: str
+    lengths: Tensor
+    nbytes: int
+
+
 @dataclass
 class CallReport:
-    """What a layer did in its last call of a phase: numbers of queries and keys, each group of heads, and seconds."""
+    """What a layer did in its last call of a phase: queries and keys, each group of heads, seconds, and its cache."""
 
     queries: int
     keys: int
     heads: list[HeadsReport]
     seconds: float = 0.0
+    cache: CacheReport | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +73,7 @@ class LayerState:
         keep_records: Keep a `CallReport` of each phase's last call.
         last: These reports.
         observe: Is shown the inputs of every call.
+        policy: What the recipe asks of the layer's cache, in words; None for nothing.
     """
 
     name: str
@@ -67,3 +84,4 @@ class LayerState:
     keep_records: bool = True
     last: dict[str, CallReport] = field(default_factory=dict)
     observe: Callable[[Observation], None] | None = None
+    policy: str | None = None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -21,13 +20,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from saccade.ops import recording
 from saccade.plug.cache import LAYER
+from saccade.plug.cache_recipe import check_caches, in_words
 from saccade.plug.cached import attend_cached
 from saccade.plug.fingerprint import fingerprint
 from saccade.plug.layers import INTERFACE, attention_layers, forward_globals
 from saccade.plug.masks import MaskPlan, Reading, UnreadableMaskError, build_plan, read_bare
 from saccade.plug.recipe import PHASES, LayerRecipe, Recipe, cover
 from saccade.plug.route import Extras, HeadsReport, Route, build_route, refusal, run_routes
-from saccade.plug.state import STATE, CallReport, LayerState, Observation
+from saccade.plug.state import STATE, CacheReport, CallReport, LayerState, Observation
 from saccade.plug.strict_json import RecipeError
 
 NAME = "saccade"
@@ -95,6 +95,12 @@ def apply(model: nn.Module, recipe: Recipe, *, strict: bool = False, record: boo
     differences = recipe.model.differences(fingerprint(model))
     if differences:
         raise RecipeError(f"recipe is for another model: this one has {differences}")
+    check_caches(recipe.layers)
+    policies = {
+        name: in_words(layer.cache.build(f"layers[{name!r}].cache"))
+        for name, layer in recipe.layers.items()
+        if layer.cache is not None
+    }
     routes = {name: _layer_routes(name, layer, layers) for name, layer in recipe.layers.items()}
     configs = {id(layers[name].config): layers[name].config for name in routes}
     for config in configs.values():
@@ -105,8 +111,9 @@ def apply(model: nn.Module, recipe: Recipe, *, strict: bool = False, record: boo
     handle = Handle(recipe, [(config, config._attn_implementation) for config in configs.values()], [*patched.values()])
     for name, module in patched.items():
         former_name, former = module.config._attn_implementation, _former_function(module)
-        state = LayerState(name, former_name, former, routes.get(name, {}), strict, record)
-        module.__dict__[STATE] = state
+        module.__dict__[STATE] = LayerState(
+            name, former_name, former, routes.get(name, {}), strict, record, policy=policies.get(name)
+        )
     for config in configs.values():
         config._attn_implementation_internal = NAME
     return handle
@@ -192,7 +199,9 @@ def attention(
     else:
         out, weights, reports = _run_cached(layer, state, routes, module, query, key, value, attention_mask, kwargs)
     if state.keep_records and reports and not torch.compiler.is_compiling():
-        state.last[phase] = CallReport(query.shape[2], key.shape[2], reports, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        cache = None if layer is None else CacheReport(in_words(layer.policy), layer.store.lengths, layer.store.nbytes)
+        state.last[phase] = CallReport(query.shape[2], key.shape[2], reports, seconds, cache)
     return out, weights
 
 
@@ -201,7 +210,7 @@ def _run_cached(
     value: Tensor, mask: Any, kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None, list[HeadsReport]]:  # fmt: skip
     """The layer's attention over a `PagedCache`, and what it read."""
-    reports = [replace(route.report(), rule=f"cache: {layer.policy!r}") for route in routes]
+    reports = [route.report() for route in routes]
 
     def prefill() -> Tensor:
         out, _, reports[:] = _run(state, routes, module, query, key, value, mask, kwargs)
