@@ -22,7 +22,8 @@ DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdige
 if os.environ.get("SACCADE_SANITIZE"):  # see tools/sanitize.py
     SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     FLAGS = [flag for flag in FLAGS if flag not in ("-O3", "-g0")]
-    FLAGS += ["-O1", "-fexpensive-optimizations", "-g", *SANITIZERS]  # the latter fuses a * b + c as -O3 does
+    FLAGS += ["-O1", "-fexpensive-optimizations", "-g1", *SANITIZERS]  # the second fuses a * b + c as -O3 does
+    FLAGS += ["-Wno-maybe-uninitialized"]  # false alarms of instrumented code, also in the compiler's own headers
     LINK = [*LINK, *SANITIZERS]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]

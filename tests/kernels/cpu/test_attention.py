@@ -27,8 +27,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIMS = st.one_of(st.integers(1, 130), st.sampled_from([32, 64, 80, 96, 128]))
 SANITIZED = "SACCADE_SANITIZED" in os.environ
 fuzz = settings(
-    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
-)
+    max_examples=10 if SANITIZED else 40, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
 
 
 @contextmanager
@@ -249,7 +250,7 @@ def test_block_attention_agrees_with_the_formula(isa, data):
 
 
 @each_set
-@settings(fuzz, max_examples=15)
+@settings(fuzz, max_examples=5 if SANITIZED else 15)
 @given(data=st.data())
 def test_bits_are_equal_from_run_to_run_and_over_threads(isa, data):
     problem = data.draw(problems())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,9 +27,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIMS = st.one_of(st.integers(1, 100), st.sampled_from([32, 64, 80, 128]))
 LENGTHS = st.one_of(st.integers(1, 150), st.integers(250, 400))
 each_set = pytest.mark.parametrize("isa", cpu.INSTRUCTION_SETS)
+SANITIZED = "SACCADE_SANITIZED" in os.environ
 fuzz = settings(
-    max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
-)
+    max_examples=8 if SANITIZED else 30, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
 
 
 @contextmanager
@@ -170,7 +173,7 @@ def test_agrees_with_the_formula(isa, draw_rules, data):
 
 @each_set
 @pytest.mark.parametrize("draw_rules", [band_rules, layout_rules])
-@settings(fuzz, max_examples=10)
+@settings(fuzz, max_examples=4 if SANITIZED else 10)
 @given(data=st.data())
 def test_bits_are_equal_from_run_to_run_and_over_threads(isa, draw_rules, data):
     problem = data.draw(problems())

@@ -212,3 +212,17 @@ def test_windows_that_leave_the_grid_are_refused(first, last):
     x = torch.randn(1, 1, 3, 4)
     with pytest.raises(ValueError, match="expected windows on the grid"):
         cpu.boxes_attention(x, x, x, torch.tensor(first).int(), torch.tensor(last).int(), [3], [1], 1.0)
+
+
+@each_set
+@pytest.mark.parametrize("across", ACROSS)
+@pytest.mark.parametrize("dilation", [5, 2**32, 2**62])
+def test_a_dilation_beyond_the_grid_leaves_each_token_to_itself(dilation, across, isa):
+    q, k, v = (torch.randn(1, 1, 5, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    alone = torch.arange(5, dtype=torch.int32)
+    with engine(isa):
+        out, lse = cpu.boxes_attention(q, k, v, alone, alone, [5], [dilation], 1.0, across)
+        gradients = cpu.boxes_gradients(out, lse, q, k, v, out, lse, alone, alone, [5], [dilation], 1.0, across)
+    assert torch.equal(out, v)
+    torch.testing.assert_close(lse, (q * k).sum(-1))
+    torch.testing.assert_close(gradients[2], out)

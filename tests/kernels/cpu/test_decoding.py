@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,9 +23,11 @@ INF = float("inf")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ERROR = {"fp32": 4e-6, "bf16": 2e-2, "fp16": 4e-6}
 """Inputs are exact; only pairs of bf16 round the weights, to 8 bits."""
+EXAMPLES = 12 if "SACCADE_SANITIZED" in os.environ else 60
 fuzz = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
-)
+    max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
 each_set = pytest.mark.parametrize("isa", cpu.INSTRUCTION_SETS)
 
 

@@ -171,3 +171,18 @@ def test_strides_sharing_and_threads_change_no_bit() -> None:
     spread = shared.expand(2, 2, -1, -1).contiguous()
     for a, b in zip(cpu.gathering(q, k, v, shared, scale=0.3), cpu.gathering(q, k, v, spread, scale=0.3), strict=True):
         assert torch.equal(a, b)
+
+
+@each_set
+def test_many_lists_give_the_bits_that_few_give(isa: str) -> None:
+    """Of many lists each thread takes whole ones, of few their stretches are shared out."""
+    q, k, v, lists = problem((1, 4, 1, 1, 131, 1, 1500, 32, 48, 1100))
+    outside = lists.clone()
+    outside[0, 0, 130, 1099] = 1500
+    with instruction_set(isa):
+        many = cpu.gathering(q, k, v, lists, scale=0.3)
+        agree(many, formula(q, k, v, lists, 0.3, 1), torch.float32)
+        few = cpu.gathering(q[:, :, 120:], k, v, lists[:, :, 120:], scale=0.3)
+        assert all(torch.equal(x[:, :, 120:], y) for x, y in zip(many, few, strict=True))
+        with pytest.raises(ValueError, match=r"index.indices in \[-1, 1500\]: expected -1 or positions in \[0, 1500\)"):
+            cpu.gathering(q, k, v, outside, scale=0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ def stored(bits: int | None = None, group: int | None = None, *, zero_point: boo
     return replace(cache, table=cache.table.where(used, 10**6))
 
 
+@lru_cache(maxsize=4096)
 def token(cache: KVPages, name: str, b: int, g: int, j: int) -> Tensor:
     """One key or value, fp64."""
     at = int(cache.table[b, g, j // cache.page_size]), j % cache.page_size

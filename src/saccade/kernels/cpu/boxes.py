@@ -43,7 +43,7 @@ def _problem(
     ends = [torch.cat([end.new_zeros(len(filled)), end.int()]) for end in (first, last)]
     problem = Boxes(
         q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3],
-        (_size * AXES)(*(1 for _ in filled), *sizes), (_size * AXES)(*(1 for _ in filled), *dilation),
+        (_size * AXES)(*(1 for _ in filled), *sizes), (_size * AXES)(*(1 for _ in filled), *map(min, dilation, sizes)),
         ends[0].data_ptr(), ends[1].data_ptr(), STORAGE[q.dtype], torch.get_num_threads(),
         Rows.of(q), Rows.of(k), Rows.of(v), scale=scale, across=ACROSS.index(across),
     )  # fmt: skip
