@@ -74,6 +74,9 @@ class CachePolicy(ABC):
         """*keep*: slots to keep, bool `[B, G, n]`, as many per head as it likes; the others are gone. None = all."""
         return None
 
+    def settle(self, q: Tensor, store: KVStore, step: Step) -> None:  # noqa: B027  most have nothing to do
+        """*store*: after a call and after `keep`, for policies whose `store` packs tokens as they age."""
+
     def store(self) -> KVStore:
         """An empty store of the form this policy needs."""
         return KVStore(self.storage(), self.stats)
@@ -138,6 +141,10 @@ def compose(
     store = Everything(store) if isinstance(store, Storage) else store
     for name, policy in (("keep", keep), ("read", read), ("store", store)):
         require(policy is None or isinstance(policy, CachePolicy), name, policy, "a CachePolicy, or None")
+    if store is not None and type(store).settle is not CachePolicy.settle:
+        alone = keep is None and read is None
+        require(alone, "store", store, "no policy that evicts or selects beside one that packs tokens as they age")
+        return store
     parts = [Everything() if policy is None else policy for policy in (keep, read, store)]
     _refuse_partial_attention(parts[0], read is not None and type(read).read is not CachePolicy.read)
     return Composed(*parts)
@@ -217,12 +224,13 @@ def evict_after(policy: CachePolicy, q: Tensor, store: KVStore, step: Step) -> N
     kept = policy.keep(q, store, step)
     if kept is not None:
         store.evict(kept)
+    policy.settle(q, store, step)
 
 
 def slots_read(chosen: Choice, q: Tensor, store: KVStore) -> int:
     """Slots that the engine reads, over all batch entries and heads."""
     if chosen is None:
-        return int(store.lengths.sum())
+        return store.tokens
     lists = q.shape[0] * q.shape[1]
     if isinstance(chosen, BlockLayout):
         return len(chosen.indices) * chosen.block[1] * lists // (chosen.batch * chosen.heads)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.mechanisms.cache._packed import PackedStore
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.store import KVStore
 
@@ -33,9 +34,12 @@ def save_stores(path: str | os.PathLike[str], stores: Sequence[KVStore], about: 
 
     Raises:
         OSError: If the file cannot be written; what was there before still is.
+        ValueError: If a store packs groups of tokens.
     """
     from safetensors.torch import save_file
 
+    if any(isinstance(store, PackedStore) for store in stores):
+        raise ValueError("stores: expected KVStores without packed groups (KIVI, ZipCache), which have no file format")
     tensors: dict[str, Tensor] = {}
     layers = []
     for number, store in enumerate(stores):

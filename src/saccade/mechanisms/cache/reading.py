@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from saccade.mechanisms.cache._packed import PackedStore, attend_tiers
 from saccade.mechanisms.cache.store import KVStore
 from saccade.ops import decode_attend
 from saccade.types import AttentionOutput, KVPages
@@ -36,7 +37,7 @@ def attend_stored(
     Raises:
         ValueError: If shapes do not fit.
     """
-    dtype, channels = q.dtype, store.channels
+    dtype, channels, query = q.dtype, store.channels, q
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if store.storage.bits == 2:
         cache, channels = KVPages.from_dense(store.keys, store.values, lengths=store.lengths), None
@@ -49,7 +50,12 @@ def attend_stored(
         q, cache, slots=slots, window=window, softcap=softcap, scale=scale, return_lse=True, impl=impl
     )
     out = out if channels is None else _per_head(out, channels[1])
-    return AttentionOutput(out.to(dtype), lse)
+    result = AttentionOutput(out.to(dtype), lse)
+    if isinstance(store, PackedStore) and store.tokens > int(store.lengths.sum()):
+        if slots is not None or window is not None:
+            raise ValueError(f"slots or window={window}: expected neither over {store!r}, which has packed tokens")
+        return attend_tiers(query, store, result, softcap=softcap, scale=scale, impl=impl)
+    return result
 
 
 def _per_head(x: Tensor, factors: Tensor) -> Tensor:

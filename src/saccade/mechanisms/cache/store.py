@@ -71,6 +71,11 @@ class KVStore:
         return bool((self.lengths == self.seen[:, None]).all())
 
     @property
+    def tokens(self) -> int:
+        """Tokens held, over all batch entries and heads."""
+        return int(self.lengths.sum())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of memory that the pages hold, with those of its forks."""
         return self.table.arena.nbytes
