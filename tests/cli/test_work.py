@@ -79,7 +79,7 @@ def test_run_uses_the_cache_of_a_recipe(saved, byte_model, tmp_path):
         (["run", "MODEL", "--prompt", "x", "--dtype", "int4"], "dtype='int4': expected one of float32"),
         (["compare", "sink_window", "--shape", "1,2"], "shape=(1, 2): expected five sizes"),
         (["compare", "sink_window", "--shape", "a"], "shape='a': expected batch,heads,kv-heads,tokens,dim"),
-        (["bench", "everything"], "what='everything': expected ops, training or machine"),
+        (["bench", "everything"], "what='everything': expected ops, cache, decode, training or machine"),
     ],
 )
 def test_bad_input_is_one_clear_error(saved, arguments, words, monkeypatch):

@@ -18,6 +18,8 @@ def generate(model: Any, tokenizer: Any, text: str, recipe: Recipe | None, token
     """Greedy generation of an answer to `text`, printed as it comes, then the speeds."""
     from transformers import DynamicCache, TextStreamer
 
+    from saccade.plug.cache import cache_bytes
+
     ids = _prompt(tokenizer, text).to(model.device)
     with torch.no_grad(), apply(model, recipe) if recipe is not None else nullcontext():
         cache = recipe.make_cache(model) if recipe is not None and recipe.has_cache else DynamicCache()
@@ -41,14 +43,6 @@ def generate(model: Any, tokenizer: Any, text: str, recipe: Recipe | None, token
     )
     if report:
         print(report)
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of keys and values that a cache holds: a `PagedCache`, or one of transformers."""
-    if hasattr(cache, "nbytes"):
-        return int(cache.nbytes)
-    kept = (x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None)
-    return sum(x.numel() * x.element_size() for x in kept)
 
 
 def _prompt(tokenizer: Any, text: str) -> torch.Tensor:

@@ -154,39 +154,77 @@ def bench_command(
     what: Annotated[
         str,
         typer.Argument(
-            help="ops: engines against PyTorch; training: trainable selectors against random blocks; machine: this one."
+            help="ops: engines against PyTorch; cache: cache policies in a model; decode: caches in a layer of an 8B "
+            "model; training: trainable selectors against random blocks; machine: this one."
         ),
     ] = "ops",
     as_json: Annotated[bool, typer.Option("--json")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes only: a smoke run, not a measurement.")] = False,
     only: Annotated[str | None, typer.Option(help="Cases whose name this regular expression is found in.")] = None,
     rounds: Annotated[int, typer.Option(help="Counted rounds of each case; the median counts.")] = 7,
+    model: Annotated[str, typer.Option(help="cache: smollm2, a folder, or a transformers id.")] = BUILT_IN,
+    context: Annotated[int, typer.Option(help="cache: tokens of a prompt. SmolLM2 takes up to 8,192.")] = 2048,
+    tries: Annotated[int, typer.Option(help="cache: recall tasks of each kind.")] = 4,
+    tokens: Annotated[list[int] | None, typer.Option(help="decode: lengths of the cache.")] = None,
+    registry: Annotated[bool, typer.Option("--registry", help="decode: every registered policy too.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
 ) -> None:
-    """Measure the engines against PyTorch's own attention in interleaved rounds, or what a learned choice is worth."""
+    """Measure: engines, caches, what a learned choice is worth, or the machine."""
     from saccade.bench.measure import describe_machine
-    from saccade.bench.ops import COLUMNS, bench_ops
-    from saccade.bench.training import COLUMNS as TRAINING_COLUMNS
-    from saccade.bench.training import bench_training
 
-    if what not in ("ops", "training", "machine"):
-        raise ValueError(f"what={what!r}: expected ops, training or machine")
-    machine, outcomes = describe_machine().to_json(), list[Any]()
-    columns: tuple[str, ...] = COLUMNS
-    if what == "ops":
-        outcomes += bench_ops(quick=quick, only=only, rounds=rounds, progress=_said)
-    elif what == "training":
-        columns = TRAINING_COLUMNS
-        outcomes += bench_training(60 if quick else 400, only, progress=_said)
+    if what not in ("ops", "cache", "decode", "training", "machine"):
+        raise ValueError(f"what={what!r}: expected ops, cache, decode, training or machine")
+    machine = describe_machine().to_json()
+    columns, outcomes = _measured(what, quick, only, rounds, model, context, tries, tokens, registry=registry)
+    rows = [row for outcome in outcomes for row in outcome.rows()]
+    if markdown is not None:
+        lines = [columns, ("---",) * len(columns), *rows]
+        text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        markdown.write_text(text, encoding="utf-8")
     if as_json:
         print(json.dumps({"machine": machine, "cases": [outcome.to_json() for outcome in outcomes]}, indent=2))
         return
     if outcomes:
         table = Table(*columns)
-        for row in (row for outcome in outcomes for row in outcome.rows()):
+        for row in rows:
             table.add_row(*row)
-        console.print(table)
+        Console(width=max(console.width, 160)).print(table)
+    for name, reason in (pair for outcome in outcomes for pair in getattr(outcome, "left_out", {}).items()):
+        console.print(f"[dim]{name}: {reason}[/]", highlight=False)
     for key, value in machine.items():
         console.print(f"[dim]{key:>16}[/]  {value}", highlight=False)
+
+
+def _measured(
+    what: str, quick: bool, only: str | None, rounds: int, model: str, context: int, tries: int,
+    tokens: list[int] | None, *, registry: bool,
+) -> tuple[tuple[str, ...], list[Any]]:  # fmt: skip
+    """Columns and outcomes of one kind of measurement."""
+    from saccade.bench import cache, cache_rows, cache_speed, ops, training
+
+    if what == "ops":
+        return ops.COLUMNS, [*ops.bench_ops(quick=quick, only=only, rounds=rounds, progress=_said)]
+    if what == "training":
+        return training.COLUMNS, [*training.bench_training(60 if quick else 400, only, progress=_said)]
+    if what == "decode":
+        lengths = tokens or ((1024,) if quick else cache_speed.LENGTHS)
+        rows = cache_speed.bench_decode(lengths, rounds=rounds, registry=registry, progress=_noted)
+        return cache_speed.COLUMNS, [*rows]
+    if what == "machine":
+        return (), []
+    loaded, tokenizer = load_model(model)
+    steps, windows = (8, 1) if quick else (64, 2)
+    result = cache.bench_cache(
+        loaded, tokenizer, min(context, 512) if quick else context, steps=steps, windows=windows,
+        tries=1 if quick else tries, only=cache_rows.matching(only), progress=_noted,
+    )  # fmt: skip
+    return cache.COLUMNS, [result]
+
+
+def _noted(note: str) -> None:
+    """A long run shows where it is."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"{note}\n")
 
 
 def _said(outcome: Any) -> None:

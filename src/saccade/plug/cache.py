@@ -192,4 +192,12 @@ class PagedCache(Cache):
             raise ValueError("model: no recipe is applied, expected saccade.apply(model, recipe) before a PagedCache")
 
 
-__all__ = ["LAYER", "PagedCache", "PagedLayer"]
+def cache_bytes(cache: Any) -> int:
+    """Bytes of keys and values that a cache holds: a `PagedCache`, or one of transformers."""
+    if hasattr(cache, "nbytes"):
+        return int(cache.nbytes)
+    kept = (x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None)
+    return sum(x.numel() * x.element_size() for x in kept)
+
+
+__all__ = ["LAYER", "PagedCache", "PagedLayer", "cache_bytes"]
