@@ -3,7 +3,9 @@
 import sys
 from pathlib import Path
 
+import gallery
 from saccade.catalog import ROOMS, Card, cards, papers
+from saccade.types import Kind
 
 PATH = Path(__file__).parents[1] / "docs" / "mechanisms.md"
 
@@ -13,7 +15,8 @@ def page() -> str:
     done = sum(any(paper.title in card.papers for card in cards()) for paper in papers())
     intro = (
         f"Made from the cards by `tools/make_docs.py`; {len(cards())} mechanisms from {done} of the {len(papers())} "
-        "papers of the catalogue. `saccade show NAME` has settings, picture and laws."
+        "papers of the catalogue. `saccade show NAME` has settings, picture and laws; [the gallery](gallery.md) has "
+        "all pictures, and names with one are links to it."
     )
     lines = ["# Mechanisms", "", intro]
     for room in ROOMS:
@@ -33,8 +36,9 @@ def remarks(card: Card) -> tuple[str, ...]:
 
 def row(card: Card) -> str:
     """A card as a table row."""
+    name = f"[`{card.name}`](gallery.md#{card.name})" if card.kind is Kind.SELECTOR else f"`{card.name}`"
     cells = [
-        f"`{card.name}`", card.summary,
+        name, card.summary,
         ", ".join(sorted(card.patterns)) or "–", ", ".join(sorted(card.supports)) or "–",
         "yes" if card.training_free else "no", card.exact_when or "never", card.complexity or "–",
         "; ".join(card.papers + card.other_papers) + f" ({card.year})",
@@ -46,10 +50,13 @@ def main(arguments: list[str]) -> int:
     """Write the page, or with --check return 1 if it is not what the registry says."""
     if "--check" in arguments:
         current = PATH.exists() and PATH.read_text(encoding="utf-8") == page()
+        drawn = gallery.is_current()
+        print(f"{gallery.PAGE.name} is {'current' if drawn else 'out of date: run tools/make_docs.py'}")
         print(f"{PATH.name} is {'current' if current else 'out of date: run tools/make_docs.py'}")
-        return not current
+        return not (current and drawn)
     PATH.parent.mkdir(exist_ok=True)
     PATH.write_text(page(), encoding="utf-8")
+    gallery.write()
     return 0
 
 

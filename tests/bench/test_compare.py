@@ -40,6 +40,20 @@ def test_linear_mixers_can_be_compared():
     assert result.rows[0].error > 0
 
 
+def test_on_a_grid_neighbours_along_every_axis_are_alike():
+    q = random_problem((1, 1, 1, 4096, 32), grid=(8, 16, 32))[0].view(8, 16, 32, 32)
+    plain = random_problem((1, 1, 1, 4096, 32))[0].view(8, 16, 32, 32)
+    for axis in range(3):
+        likeness = torch.cosine_similarity(q, q.roll(1, axis), dim=-1).mean()
+        assert likeness == pytest.approx(2 / 3, abs=0.05)
+        assert (torch.cosine_similarity(plain, plain.roll(1, axis), dim=-1).mean() > 0.5) == (axis == 2)
+    assert q.std() == pytest.approx(float(plain.std()), rel=0.05)
+    with pytest.raises(
+        ValueError, match=re.escape("grid=(8, 8): expected one of 100 tokens, as shape=(1, 1, 1, 100, 4)")
+    ):
+        random_problem((1, 1, 1, 100, 4), grid=(8, 8))
+
+
 def test_same_seed_same_problem():
     for a, b in zip(random_problem((1, 2, 1, 32, 4)), random_problem((1, 2, 1, 32, 4)), strict=True):
         assert torch.equal(a, b)

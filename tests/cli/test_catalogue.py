@@ -65,6 +65,15 @@ def test_list_papers_counts_what_is_implemented(app: typer.Typer) -> None:
     assert "implemented" in result.stdout
 
 
+def test_every_row_of_where_is_implemented_or_says_what_is_missing(app: typer.Typer) -> None:
+    found = json.loads(run(app, "list", "--room", "where", "--json").stdout)["papers"]
+    assert len(found) == 50
+    assert [row["title"] for row in found if row["status"] != "implemented" and not row["missing"]] == []
+    combiner = next(row for row in found if row["title"].startswith("Combiner"))
+    assert "axial forms" in combiner["missing"]
+    assert "axial forms" in " ".join(run(app, "list", "--papers", "--title", "Combiner").stdout.split())
+
+
 def test_list_filters(app: typer.Typer) -> None:
     found = json.loads(run(app, "list", "--room", "cache", "--json").stdout)
     assert {entry["room"] for entry in found["mechanisms"]} == {"cache"}

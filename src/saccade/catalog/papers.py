@@ -22,6 +22,7 @@ class Paper:
         unit: What there is to build.
         repo: The authors' repository, or "".
         library: A library that has it, or "".
+        missing: What of it is not built, or was not public when it was built; "" if there is nothing to say.
     """
 
     title: str
@@ -33,6 +34,7 @@ class Paper:
     unit: str
     repo: str
     library: str
+    missing: str = ""
 
 
 @cache

@@ -33,7 +33,7 @@ def paper_status(paper: Paper) -> tuple[str, str]:
         return "implemented", ", ".join(names)
     if paper.scope == "context":
         return "nothing to build", paper.unit or paper.what or "no mechanism of its own"
-    return "not yet", f"would live in {paper.room}/"
+    return "not yet", paper.missing or f"would live in {paper.room}/"
 
 
 def list_command(
@@ -52,16 +52,22 @@ def list_command(
     ]
     if as_json:
         statuses = [
-            {"title": paper.title, "room": paper.room, "status": status, "detail": detail}
+            {
+                "title": paper.title,
+                "room": paper.room,
+                "status": status,
+                "detail": detail,
+                "missing": paper.missing,
+            }
             for paper in chosen
             for status, detail in [paper_status(paper)]
         ]
         print(json.dumps({"mechanisms": [card_json(card) for card in found], "papers": statuses}, indent=2))
         return
     if all_papers:
-        table = Table("paper", "room", "state", "")
+        table = Table("paper", "room", "state", "", "missing")
         for paper in chosen:
-            table.add_row(*map(escape, (paper.title, paper.room, *paper_status(paper))))
+            table.add_row(*map(escape, (paper.title, paper.room, *paper_status(paper), paper.missing)))
     else:
         table = Table("name", "room", "what", "drop-in")
         for card in found:

@@ -96,8 +96,9 @@ def make_problems(
     sizes = None if grid is None else parse_sizes("grid", grid, "one to three sizes as in 16,32,32")
     geometry = Geometry(causal=not noncausal, grid=sizes)
     if model is None:
-        q, k, v = random_problem(parse_shape(shape), device=device)
-        return [Problem(q, k, v, geometry, None)], f"random q, k, v of shape {shape}"
+        q, k, v = random_problem(parse_shape(shape), grid=sizes, device=device)
+        where = "" if grid is None else f" on a grid of {grid}"
+        return [Problem(q, k, v, geometry, None)], f"random q, k, v of shape {shape}{where}"
     from saccade.bench.record import record_layers, spread_layers
 
     loaded, tokenizer = load_model(model, device)
