@@ -171,10 +171,14 @@ class KVPages:
             ValueError: Naming the first length or page that is not.
         """
         capacity = self.table.shape[2] * self.page_size
-        if self.lengths.numel() and (int(self.lengths.min()) < 0 or self.longest > capacity):
-            raise ValueError(
-                f"lengths in [{int(self.lengths.min())}, {self.longest}]: expected [0, {capacity}], the table's room"
-            )
+        low, high = map(int, torch.aminmax(self.lengths)) if self.lengths.numel() else (0, 0)
+        if low < 0 or high > capacity:
+            raise ValueError(f"lengths in [{low}, {high}]: expected [0, {capacity}], the table's room")
+        if self.table.numel() == 0:
+            return
+        first, last = map(int, torch.aminmax(self.table))
+        if first >= 0 and last < self.k.shape[0]:  # most tables are good throughout: one pass over them, not eight
+            return
         used = torch.arange(self.table.shape[2], device=self.table.device) * self.page_size < self.lengths[..., None]
         wrong = used & ((self.table < 0) | (self.table >= self.k.shape[0]))
         if bool(wrong.any()):

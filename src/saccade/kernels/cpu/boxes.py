@@ -15,6 +15,8 @@ _size, _int, _float, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, 
 AXES = 3
 """Axes that the engine knows; fewer are filled up with axes of one token in front."""
 
+_Axes = _size * AXES
+_ORIGIN = torch.zeros(AXES, dtype=torch.int32, device="cpu")  # windows of axes of one token
 
 ACROSS = ("cheaper", "tiles", "rows")
 """What may lie across the lanes: compact tiles of tokens, which share the keys that any of them sees, or rows, which
@@ -26,7 +28,7 @@ class Boxes(ctypes.Structure):
 
     _fields_ = (
         *((name, _size) for name in ("batch", "heads", "kv_heads", "dim", "value_dim")),
-        ("size", _size * AXES), ("dilation", _size * AXES), ("first", _pointer), ("last", _pointer),
+        ("size", _Axes), ("dilation", _Axes), ("first", _pointer), ("last", _pointer),
         ("storage", _int), ("threads", _int), ("q", Rows), ("k", Rows), ("v", Rows), ("out", _pointer),
         ("lse", _pointer), ("scale", _float), ("grad_out", _pointer), ("grad_lse", _pointer), ("delta", _pointer),
         ("dq", _pointer), ("dk", _pointer), ("dv", _pointer), ("across", _int),
@@ -39,15 +41,16 @@ def _problem(
 ) -> tuple[Boxes, list[Tensor]]:  # fmt: skip
     """The problem, and the tensors that must outlive it."""
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    filled = (0,) * (AXES - len(sizes))
-    ends = [torch.cat([end.new_zeros(len(filled)), end.int()]) for end in (first, last)]
+    missing = AXES - len(sizes)
+    ones, origin = (1,) * missing, _ORIGIN[:missing]
+    ends = torch.cat((origin, first.int(), origin, last.int()))
     problem = Boxes(
         q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3],
-        (_size * AXES)(*(1 for _ in filled), *sizes), (_size * AXES)(*(1 for _ in filled), *map(min, dilation, sizes)),
-        ends[0].data_ptr(), ends[1].data_ptr(), STORAGE[q.dtype], torch.get_num_threads(),
+        _Axes(*ones, *sizes), _Axes(*ones, *map(min, dilation, sizes)), ends.data_ptr(),
+        ends[len(ends) // 2 :].data_ptr(), STORAGE[q.dtype], torch.get_num_threads(),
         Rows.of(q), Rows.of(k), Rows.of(v), scale=scale, across=ACROSS.index(across),
     )  # fmt: skip
-    return problem, [q, k, v, *ends]
+    return problem, [q, k, v, ends]
 
 
 def _check(code: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from saccade.ops.attend import eager, flash, native, poison
 from saccade.ops.attend.eager import Rules
 from saccade.ops.checks import accumulation_dtype
+from saccade.ops.straight import is_plain
 
 FORWARDS = {"cpu": native.forward, "sdpa": flash.forward, "eager": eager.forward}
 
@@ -128,9 +129,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     if grad_out is None and grad_lse is None:
         return (None,) * (len(inputs) + len(ctx.rules))
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    *grads, dbias, dsinks = torch.ops.saccade.attend_backward(
-        grad_out, grad_lse, *inputs, *ctx.rules, out, lse, ctx.needs_input_grad[3]
-    )
+    call = (grad_out, grad_lse, *inputs, *ctx.rules, out, lse, ctx.needs_input_grad[3])
+    *grads, dbias, dsinks = (_attend_backward if is_plain(*call) else torch.ops.saccade.attend_backward)(*call)
     dbias = dbias if ctx.needs_input_grad[3] else None
     return *grads, dbias, dsinks if ctx.needs_input_grad[4] else None, *(None,) * (len(inputs) + len(ctx.rules) - 5)
 
@@ -140,10 +140,11 @@ attend_op.register_autograd(_backward, setup_context=_setup_context)
 
 def run(q: Tensor, k: Tensor, v: Tensor, rules: Rules, impl: str) -> tuple[Tensor, Tensor]:
     """The operator on `rules`."""
-    return torch.ops.saccade.attend(
+    call = (
         q, k, v, rules.bias, rules.sinks, rules.q_segments, rules.kv_segments, rules.alibi, rules.left, rules.right,
         rules.softcap, rules.scale, rules.workspace, impl,
     )  # fmt: skip
+    return (_attend if is_plain(*call) else torch.ops.saccade.attend)(*call)
 
 
 __all__ = ["attend_backward_op", "attend_op", "bad_tokens", "is_finite", "no_autocast", "run", "without"]

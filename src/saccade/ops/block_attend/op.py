@@ -15,6 +15,7 @@ from torch import Tensor
 from saccade.ops.block_attend.eager import eager_backward, eager_forward
 from saccade.ops.block_attend.native import native_backward, native_forward
 from saccade.ops.checks import accumulation_dtype
+from saccade.ops.straight import is_plain
 from saccade.types import BlockLayout
 
 LAYOUT_TENSORS = ("indptr", "indices", "kinds", "bits")
@@ -47,8 +48,7 @@ def _layout(q: Tensor, k: Tensor, *parts: Any) -> BlockLayout:
     return BlockLayout(indptr, indices, kinds, bits, batch, heads, q.shape[2], k.shape[2], (block_q, block_k))
 
 
-@torch.library.custom_op("saccade::block_attend", mutates_args=())
-def forward_op(
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, indptr: Tensor, indices: Tensor, kinds: Tensor, bits: Tensor,
     batch: int, heads: int, block_q: int, block_k: int, scale: float, softcap: float | None, workspace: int, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -58,6 +58,9 @@ def forward_op(
     return out.contiguous(), lse.contiguous()
 
 
+forward_op = torch.library.custom_op("saccade::block_attend", _forward, mutates_args=())
+
+
 @forward_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     exact = accumulation_dtype(q.dtype)
@@ -65,8 +68,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # 
     return out, q.new_empty(q.shape[:3], dtype=exact)
 
 
-@torch.library.custom_op("saccade::block_attend_backward", mutates_args=())
-def backward_op(
+def _backward(
     grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     indptr: Tensor, indices: Tensor, kinds: Tensor, bits: Tensor,
     batch: int, heads: int, block_q: int, block_k: int, scale: float, softcap: float | None, workspace: int, impl: str,
@@ -76,6 +78,9 @@ def backward_op(
     run = KERNELS[impl].backward
     dq, dk, dv = run(grad_out, grad_lse, q, k, v, out, lse, layout, scale, softcap, workspace)
     return dq.to(q.dtype).contiguous(), dk.to(q.dtype).contiguous(), dv.to(q.dtype).contiguous()
+
+
+backward_op = torch.library.custom_op("saccade::block_attend_backward", _backward, mutates_args=())
 
 
 @backward_op.register_fake
@@ -90,7 +95,8 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 
 
 def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    grads = backward_op(grad_out, grad_lse, *ctx.saved_tensors, *ctx.settings)
+    call = (grad_out, grad_lse, *ctx.saved_tensors, *ctx.settings)
+    grads = (_backward if is_plain(*call) else backward_op)(*call)
     return *grads, *(None,) * (4 + len(ctx.settings))
 
 
@@ -102,6 +108,5 @@ def run_op(
 ) -> tuple[Tensor, Tensor]:
     """The operator on a `BlockLayout`."""
     tensors = (getattr(layout, name) for name in LAYOUT_TENSORS)
-    return forward_op(
-        q, k, v, *tensors, layout.batch, layout.heads, *layout.block, scale, softcap, workspace, impl
-    )  # fmt: skip
+    call = (q, k, v, *tensors, layout.batch, layout.heads, *layout.block, scale, softcap, workspace, impl)
+    return (_forward if is_plain(*call) else forward_op)(*call)

@@ -10,6 +10,7 @@ from torch import Tensor
 from saccade.ops.attend.operator import no_autocast
 from saccade.ops.checks import accumulation_dtype
 from saccade.ops.decode_attend import eager, native
+from saccade.ops.straight import is_plain
 from saccade.types import KVPages
 
 FORWARDS = {"cpu": native.forward, "eager": eager.forward}
@@ -56,10 +57,11 @@ def run(
     slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator on a `KVPages`."""
-    return torch.ops.saccade.decode_attend(
+    call = (
         q, cache.k, cache.v, cache.table, cache.lengths, cache.k_scale, cache.v_scale, cache.k_zero, cache.v_zero,
         left, right, softcap, scale, workspace, impl, slots,
     )  # fmt: skip
+    return (_decode_attend if is_plain(*call) else torch.ops.saccade.decode_attend)(*call)
 
 
 __all__ = ["decode_attend_op", "run"]

@@ -14,6 +14,7 @@ from saccade.ops.checks import check_qkv, resolve_scale
 from saccade.ops.dispatch import Implementation, RunRecord, choose, is_recording, record
 from saccade.ops.gather_attend import native, operator
 from saccade.ops.gather_attend.boxes import run_boxes
+from saccade.ops.straight import is_plain
 from saccade.types import AttentionOutput, Boxes, TokenIndex
 
 Call = Mapping[str, Any]
@@ -29,9 +30,8 @@ def _run(impl: str, call: Call) -> tuple[Tensor, Tensor]:
     )
     if isinstance(index, Boxes):
         return run_boxes(impl, q, k, v, index, sinks, softcap, scale, workspace)
-    return operator.gather_attend_op(
-        q, k, v, index.indices, sinks, index.group, index.causal, softcap, scale, workspace, impl
-    )
+    args = (q, k, v, index.indices, sinks, index.group, index.causal, softcap, scale, workspace, impl)
+    return (operator.lists_forward if is_plain(*args) else operator.gather_attend_op)(*args)
 
 
 def _run_reference(call: Call) -> tuple[Tensor, Tensor]:

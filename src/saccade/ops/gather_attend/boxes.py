@@ -15,6 +15,7 @@ from saccade.kernels import cpu
 from saccade.ops.block_attend.eager import eager_backward, eager_forward
 from saccade.ops.checks import accumulation_dtype
 from saccade.ops.gather_attend.operator import lists_backward, lists_forward
+from saccade.ops.straight import is_plain
 from saccade.types import BlockLayout, Boxes
 
 _SHARED = (
@@ -85,7 +86,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    grads = boxes_attend_backward_op(grad_out, grad_lse, *ctx.saved_tensors, *ctx.settings)
+    call = (grad_out, grad_lse, *ctx.saved_tensors, *ctx.settings)
+    grads = (_backward if is_plain(*call) else boxes_attend_backward_op)(*call)
     return *grads, *(None,) * (2 + len(ctx.settings))
 
 
@@ -97,10 +99,11 @@ def run_boxes(
     scale: float, workspace: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Out in the dtype of q, and lse."""
-    out, lse = boxes_attend_op(
+    call = (
         q, k, v, boxes.first, boxes.last, list(boxes.sizes), list(boxes.dilation), boxes.block, softcap, scale,
         workspace, impl,
     )  # fmt: skip
+    out, lse = (_forward if is_plain(*call) else boxes_attend_op)(*call)
     if sinks is not None:
         sink = sinks.to(lse.dtype)[:, None]
         out = out * torch.sigmoid(lse - sink)[..., None]

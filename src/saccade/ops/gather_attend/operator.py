@@ -11,6 +11,7 @@ from saccade.ops.attend.operator import bad_tokens, is_finite, no_autocast, with
 from saccade.ops.checks import accumulation_dtype
 from saccade.ops.gather_attend import eager, native
 from saccade.ops.gather_attend.eager import Lists
+from saccade.ops.straight import is_plain
 
 _SHARED = (
     "Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? sinks, int group, bool causal, float? softcap, float scale, "
@@ -119,7 +120,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     if grad_out is None and grad_lse is None:
         return (None,) * len(inputs) + rest
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    dq, dk, dv, dsinks = torch.ops.saccade.gather_attend_backward(grad_out, grad_lse, *inputs, *ctx.rules, out, lse)
+    call = (grad_out, grad_lse, *inputs, *ctx.rules, out, lse)
+    run = lists_backward if is_plain(*call) else torch.ops.saccade.gather_attend_backward
+    dq, dk, dv, dsinks = run(*call)
     return dq, dk, dv, None, dsinks if ctx.needs_input_grad[4] else None, *rest
 
 
