@@ -66,7 +66,7 @@ def test_read_selects_without_losing() -> None:
     out, read = decode_step(ReadFirst(), store, q[:, :, :1], k[:, :, :1], v[:, :, :1])
     torch.testing.assert_close(out, v[:, :, :1].repeat_interleave(2, 1), rtol=0, atol=1e-14)
     assert len(store) == 6
-    assert read == 2 * 4 * 1 * 14 * 8
+    assert read == 2 * 2 * 1 * 14 * 8
 
 
 def test_received_attention_is_the_column_sum_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_composed_policies_take_each_axis_from_its_own() -> None:
     reading = CachedAttention(compose(keep=SinkRecent(sinks=2, recent=7), read=ReadFirst()))
     out = [reading(*(x[:, :, i : i + 1] for x in (q, k, v))) for i in range(12)]
     torch.testing.assert_close(out[-1], v[:, :, :1].repeat_interleave(2, 1), rtol=0, atol=1e-14)
-    assert reading.bytes_read == 2 * 4 * 14 * 8
+    assert reading.bytes_read == 2 * 2 * 14 * 8
     assert len(reading.kept) == 8
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saccade.catalog import Card
 from saccade.mechanisms.base import require
-from saccade.mechanisms.cache.reading import attend_stored
+from saccade.mechanisms.cache.reading import WeightedSlots, attend_stored, attend_weighted
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.store import KVStore
 from saccade.ops import attend, block_attend, gather_attend
@@ -21,7 +21,7 @@ from saccade.types import AttentionOutput, BlockLayout, TokenIndex
 SCORE_ELEMENTS = 2**22
 """Most scores that `received_attention` holds at once."""
 
-Choice = TokenIndex | BlockLayout | None
+Choice = TokenIndex | BlockLayout | WeightedSlots | None
 """Slots that queries attend to; None = all, causal."""
 
 
@@ -35,6 +35,7 @@ class Step:
         scale: Factor on q k^T in this call; None means D^-0.5.
         lse: Log-sum-exp of the rows of this call, `[B, H, M]`; None for a policy without `needs_lse`.
         picked: Left by an earlier layer of this call for the later ones.
+        choosing: Bytes that the layer's `read` has read only to choose; `read` adds to it.
     """
 
     layer: int = 0
@@ -42,6 +43,7 @@ class Step:
     scale: float | None = None
     lse: Tensor | None = None
     picked: Any = None
+    choosing: int = 0
 
 
 class CachePolicy(ABC):
@@ -181,8 +183,8 @@ def decode_step(
         impl: Implementation of the engine.
 
     Returns:
-        Output `[B, H, M, E]`, 0 for padding, and the bytes of stored keys and values the attention read (each query
-        head's list counted once; scores computed only to choose are not counted).
+        Output `[B, H, M, E]`, 0 for padding, and the bytes read: stored keys and values that the attention read (each
+        query head's list counted once), and what the policy read to choose them (`step.choosing`).
 
     Raises:
         ValueError: If shapes do not fit each other or the store, or q and k have different numbers of tokens.
@@ -190,7 +192,7 @@ def decode_step(
     check_qkv(q, k, v)
     require(q.shape[2] == k.shape[2], "q", tuple(q.shape), f"as many tokens as k, {k.shape[2]}")
     step = Step() if step is None else step
-    step.scale, first = scale, store.empty
+    step.scale, step.choosing, first = scale, 0, store.empty
     store.append(k, v, present)
     chosen = policy.read(q.detach(), store, step)
     _refuse_partial_attention(policy, chosen is not None)
@@ -201,7 +203,7 @@ def decode_step(
         )  # fmt: skip
     else:
         out, step.lse = attend_chosen(q, store, chosen, scale=scale, impl=impl)
-    bytes_read = slots_read(chosen, q, store) * store.slot_nbytes
+    bytes_read = slots_read(chosen, q, store) * store.slot_nbytes + step.choosing
     evict_after(policy, q.detach(), store, step)
     return out, bytes_read
 
@@ -210,6 +212,8 @@ def attend_chosen(q: Tensor, store: KVStore, chosen: Choice, **options: Any) -> 
     """Attention of the last M slots' queries over what `CachePolicy.read` chose; one query reads in place."""
     if chosen is None:
         return attend_stored(q, store, **options)
+    if isinstance(chosen, WeightedSlots):
+        return attend_weighted(q, store, chosen, **options)
     if isinstance(chosen, TokenIndex) and chosen.queries == 1:
         lists = max(chosen.indices.shape[1], store.lengths.shape[1])
         return attend_stored(q, store, chosen.indices[:, :, 0].expand(q.shape[0], lists, -1), **options)
@@ -231,9 +235,13 @@ def slots_read(chosen: Choice, q: Tensor, store: KVStore) -> int:
     """Slots that the engine reads, over all batch entries and heads."""
     if chosen is None:
         return store.tokens
+    if isinstance(chosen, WeightedSlots):
+        return int((chosen.slots >= 0).sum())
     lists = q.shape[0] * q.shape[1]
     if isinstance(chosen, BlockLayout):
         return len(chosen.indices) * chosen.block[1] * lists // (chosen.batch * chosen.heads)
+    if chosen.queries == 1 and chosen.indices.shape[1] < q.shape[1]:
+        lists = store.lengths.numel()  # heads that share keys share a list, and read it once
     return int((chosen.indices >= 0).sum()) * lists // (chosen.indices.shape[0] * chosen.indices.shape[1])
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from saccade.mechanisms.cache._packed import PackedStore, attend_tiers
 from saccade.mechanisms.cache.store import KVStore
 from saccade.ops import decode_attend
+from saccade.ops.checks import accumulation_dtype, resolve_scale
 from saccade.types import AttentionOutput, KVPages
 
 
@@ -58,9 +63,52 @@ def attend_stored(
     return result
 
 
+@dataclass(frozen=True, eq=False)
+class WeightedSlots:
+    """Slots for one query per head, each with a number added to its score: the log of what its weight is multiplied by.
+
+    Args:
+        slots: int64 `[B, H, K]`; -1 is an empty place.
+        bias: `[B, H, K]`, floating point.
+    """
+
+    slots: Tensor
+    bias: Tensor
+
+
+def attend_weighted(
+    q: Tensor, store: KVStore, chosen: WeightedSlots, *, scale: float | None = None, softcap: float | None = None,
+    **options: Any,  # noqa: ARG001  there is one implementation
+) -> AttentionOutput:  # fmt: skip
+    """Softmax of `q k^T scale + bias` over listed slots, whose keys and values are copied: engines know no such bias.
+
+    Args:
+        q: `[B, H, 1, D]`.
+        store: With tokens.
+        chosen: Which, and their bias.
+        scale: Factor on q k^T; None means D^-0.5.
+        softcap: Scores become `softcap * tanh(score / softcap)` before the bias.
+        **options: Not used.
+
+    Returns:
+        `out` `[B, H, 1, E]` in q's dtype, and `lse` `[B, H, 1]`; 0 and -inf where a list is empty.
+    """
+    dtype = accumulation_dtype(q.dtype)
+    keys, values = store.gather(chosen.slots)
+    scores = (keys.to(dtype) @ q.to(dtype).transpose(-1, -2))[..., 0] * resolve_scale(scale, q.shape[3])
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    empty = chosen.slots < 0
+    scores = (scores + chosen.bias.to(dtype)).masked_fill(empty, -torch.inf)
+    lse = scores.logsumexp(-1, keepdim=True)
+    weights = torch.exp(scores - lse).masked_fill(empty | (lse == -torch.inf), 0.0)
+    out = weights[:, :, None] @ values.to(dtype).masked_fill(empty[..., None], 0.0)
+    return AttentionOutput(out.to(q.dtype), lse)
+
+
 def _per_head(x: Tensor, factors: Tensor) -> Tensor:
     """`x` `[B, H, M, D]` times `factors` `[B, G, D]`, in the dtype of x."""
     return x * factors.repeat_interleave(x.shape[1] // factors.shape[1], 1)[:, :, None]
 
 
-__all__ = ["attend_stored"]
+__all__ = ["WeightedSlots", "attend_stored", "attend_weighted"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,22 +34,21 @@ class KVStore:
         seen: int64 `[B]`, tokens of each sequence so far, kept or not; the next has this position.
         ordered: Whether slots are in order of position.
         changes: How often tokens were moved or removed, for policies that keep summaries of slots.
-        channels: What divides the channels of keys `[B, G, D]` and values `[B, G, E]`, or None; see
-            `Storage.normalise`.
+        channels: What divides channels of keys `[B, G, D]` and values `[B, G, E]`, or None; see `Storage.normalise`.
         dtype: Of the keys and values that come and go.
         dims: D and E.
         table: Where the tokens lie.
+        derived: By name, what `read` keeps between steps (`_derived.py`); not in forks and files.
     """
 
     def __init__(self, storage: Storage | None = None, stats: Sequence[str] = ()) -> None:
         self.storage = Storage() if storage is None else storage
         self.stats = tuple(stats)
         self.seen = torch.zeros(0, dtype=torch.int64)
-        self.ordered = True
-        self.changes = 0
+        self.ordered, self.changes = True, 0
         self.channels: tuple[Tensor, Tensor] | None = None
-        self.dtype = torch.float32
-        self.dims = (0, 0)
+        self.dtype, self.dims = torch.float32, (0, 0)
+        self.derived: dict[str, Any] = {}
         self.table = PageTable(Arena(0, torch.device("cpu")), PageLayout({}, self.storage.page), 0, 0)
 
     def __len__(self) -> int:
@@ -77,8 +77,8 @@ class KVStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the pages hold, with those of its forks."""
-        return self.table.arena.nbytes
+        """Bytes of memory that the pages hold, with those of its forks, and of what is derived from them."""
+        return self.table.arena.nbytes + sum(x.nbytes for x in self.derived.values())
 
     @property
     def slot_nbytes(self) -> int:

@@ -1,0 +1,189 @@
+"""What `read` policies keep between steps, and what they share: summaries of slots, lists of slots, and their cost."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saccade.mechanisms.cache.base import CachePolicy, Choice, Step
+from saccade.mechanisms.cache.store import KEY, KVStore
+from saccade.ops.checks import accumulation_dtype
+from saccade.types import TokenIndex
+
+SLACK = 16
+"""Rows to spare, beside an eighth, when a summary of slots grows."""
+
+
+class StepSelection(CachePolicy):
+    """Chooses anew for each decoded token; a call with several tokens, a prompt, is dense."""
+
+    dense_layers: int
+
+    @abstractmethod
+    def select(self, q: Tensor, store: KVStore, step: Step) -> Choice:
+        """Slots for one query per head, `q` `[B, H, 1, D]`; adds what it reads for that to `step.choosing`."""
+
+    def read(self, q: Tensor, store: KVStore, step: Step) -> Choice:
+        """All in the first layers and for several tokens, else `select`."""
+        if q.shape[2] != 1 or step.layer < self.dense_layers:
+            return None
+        return self.select(q, store, step)
+
+
+@dataclass
+class Derived:
+    """What a policy keeps of a layer between steps.
+
+    Args:
+        changes: `KVStore.changes` when it was made: good as long as it is the same.
+        tensors: By name.
+        lengths: Slots of each head that went in, int64 `[B, G]`, or None.
+    """
+
+    changes: int
+    tensors: dict[str, Tensor]
+    lengths: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take."""
+        return sum(x.nbytes for x in self.tensors.values())
+
+
+def recall(store: KVStore, name: str) -> Derived | None:
+    """What was kept under a name; None if nothing was, or slots have moved since."""
+    found = store.derived.get(name)
+    if found is not None and found.changes != store.changes:
+        del store.derived[name]
+        return None
+    return found
+
+
+def key_nbytes(store: KVStore) -> int:
+    """Bytes of one key as it is stored, scales included."""
+    parts = store.table.layout.parts
+    return sum(parts[name].width * parts[name].dtype.itemsize for name in KEY if name in parts)
+
+
+def scores(q: Tensor, keys: Tensor) -> Tensor:
+    """`q k^T` of one query per head, `[B, H, n]` in fp32 (fp64 for fp64), of keys `[B, G, n, D]`."""
+    dtype = accumulation_dtype(q.dtype)
+    grouped = q[:, :, 0].to(dtype).unflatten(1, (keys.shape[1], -1))
+    return (grouped @ keys.to(dtype).transpose(-1, -2)).flatten(1, 2)
+
+
+def per_query_head(x: Tensor, q: Tensor) -> Tensor:
+    """`[B, G, ..]` as `[B, H, ..]`."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def highest(ranks: Tensor, count: int, slots: int) -> TokenIndex:
+    """The `count` highest of `[B, L, n]` as a list of slots in order; -inf is never among them."""
+    best, chosen = ranks.topk(min(count, ranks.shape[-1]), dim=-1)
+    return listed(chosen.masked_fill(best == -torch.inf, -1), slots)
+
+
+def listed(chosen: Tensor, slots: int) -> TokenIndex:
+    """Slots `[B, L, K]`, -1 for none, in order."""
+    return TokenIndex(chosen.sort(-1).values[:, :, None], 1, slots)
+
+
+def slots_of(mask: Tensor) -> Tensor:
+    """The places of `mask` `[.., n]` that are True, int64 `[.., K]`; -1 fills up short rows."""
+    count = max(1, int(mask.sum(-1).max()))
+    order = mask.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return order.masked_fill(~mask.gather(-1, order), -1)
+
+
+def of_each_token(store: KVStore, name: str, make: Callable[[Tensor], Tensor], step: Step) -> Tensor:
+    """Numbers made of each key, kept between steps: only tokens that are new are looked at.
+
+    Args:
+        store: With tokens.
+        name: Under which they are kept.
+        make: Of keys `[B, G, m, D]` makes `[B, G, m, W]`, each of its key alone.
+        step: Is told what was read.
+
+    Returns:
+        `[B, G, n, W]`; past a head's length anything.
+    """
+    kept, slots, keys = _begin(store, name, step)
+    fresh = make(keys)
+    old = kept.tensors.get("rows")
+    if old is None:
+        old = fresh.new_zeros(*fresh.shape[:2], 0, fresh.shape[3])
+    rows = _room(old, len(store), 0)
+    inside = (slots < store.lengths[..., None]).nonzero(as_tuple=True)
+    rows[inside[0], inside[1], slots[inside]] = fresh[inside]
+    kept.tensors["rows"], kept.lengths = rows, store.lengths
+    return rows[:, :, : len(store)]
+
+
+def page_bounds(store: KVStore, size: int, step: Step) -> tuple[Tensor, Tensor]:
+    """Least and greatest number in each channel of the keys of each page, kept between steps.
+
+    Args:
+        store: With tokens.
+        size: Slots of a page.
+        step: Is told what was read.
+
+    Returns:
+        Two tensors `[B, G, ceil(n / size), D]` in the dtype of keys; inf and -inf on pages past a head's length.
+    """
+    kept, slots, keys = _begin(store, f"pages of {size}", step)
+    pages = -(-len(store) // size)
+    page = (slots.clamp(max=len(store) - 1) // size)[..., None].expand_as(keys)
+    hidden = (slots >= store.lengths[..., None])[..., None]
+    bounds = []
+    for name, least, worst in (("low", "amin", torch.inf), ("high", "amax", -torch.inf)):
+        old = kept.tensors.get(name)
+        grown = _room(keys.new_zeros(*keys.shape[:2], 0, keys.shape[3]) if old is None else old, pages, worst)
+        kept.tensors[name] = grown.scatter_reduce_(2, page, keys.masked_fill(hidden, worst), least)
+        bounds.append(grown[:, :, :pages])
+    kept.lengths = store.lengths
+    return bounds[0], bounds[1]
+
+
+def _begin(store: KVStore, name: str, step: Step) -> tuple[Derived, Tensor, Tensor]:
+    """What is kept, which slots are new `[B, G, m]`, some past a head's length, and their keys."""
+    kept = recall(store, name)
+    if kept is None:
+        kept = store.derived[name] = Derived(store.changes, {}, torch.zeros_like(store.lengths))
+    before = torch.zeros_like(store.lengths) if kept.lengths is None else kept.lengths
+    new = store.lengths - before
+    step.choosing += int(new.sum()) * key_nbytes(store)
+    if not bool(before.any()):
+        keys = store.keys
+        return kept, torch.arange(len(store), device=keys.device).expand(keys.shape[:3]), keys
+    slots = before[..., None] + torch.arange(int(new.max()), device=before.device)
+    return kept, slots, store.gather(slots.clamp(max=len(store) - 1).where(slots < store.lengths[..., None], -1))[0]
+
+
+def _room(x: Tensor, rows: int, filler: float) -> Tensor:
+    """`x` `[B, G, R, W]`, or a larger copy where R is less than `rows`."""
+    have = x.shape[2]
+    if have >= rows:
+        return x
+    room = rows + (rows // 8 + SLACK if have else 0)
+    larger = x.new_full((*x.shape[:2], room, x.shape[3]), filler)
+    larger[:, :, :have] = x
+    return larger
+
+
+__all__ = [
+    "Derived",
+    "StepSelection",
+    "highest",
+    "key_nbytes",
+    "listed",
+    "of_each_token",
+    "page_bounds",
+    "per_query_head",
+    "recall",
+    "scores",
+    "slots_of",
+]

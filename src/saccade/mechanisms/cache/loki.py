@@ -1,0 +1,126 @@
+"""Loki: keys are ranked in the few directions that they vary in, and the best are read whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from saccade.catalog import register
+from saccade.mechanisms.base import require
+from saccade.mechanisms.cache._derived import (
+    Derived,
+    StepSelection,
+    highest,
+    key_nbytes,
+    of_each_token,
+    per_query_head,
+    recall,
+    scores,
+)
+from saccade.mechanisms.cache.base import Step
+from saccade.mechanisms.cache.store import KVStore
+from saccade.ops.checks import accumulation_dtype
+from saccade.types import Kind, Pattern, TokenIndex
+
+
+@register(
+    "loki",
+    Kind.CACHE_POLICY,
+    summary="Decoding ranks all keys in a few principal components and reads the best tokens.",
+    papers=("Loki: Low-Rank Keys for Efficient Sparse Attention",),
+    year=2024,
+    code="hpcgroup/loki",
+    patterns=frozenset({Pattern.CAUSAL_SELF}),
+    supports=frozenset({"gqa"}),
+    training_free=True,
+    exact_when="tokens >= N",
+    complexity="N",
+    effects=frozenset({"selecting"}),
+    deviations=(
+        (
+            "The authors keep all keys rotated in the cache and read the leading channels of those; here these are a "
+            "copy beside the store, dims / (D + E) more bytes held. With eviction it is made anew when slots move."
+        ),
+        (
+            "Without `components` they are fitted to the keys that are stored when the first token is decoded, one "
+            "set per sequence and head, and then kept; the authors calibrate on text, once per model."
+        ),
+        "The budget is a number of tokens, not a share of the length; a call with several tokens is dense.",
+    ),
+    example={"tokens": 12, "dims": 4},
+    exact=lambda n: {"tokens": n, "dims": 2},
+    ladder=lambda n: tuple({"tokens": max(n // part, 1), "dims": 4} for part in (32, 16, 8, 4, 2)),
+)
+@dataclass(frozen=True)
+class Loki(StepSelection):
+    """A query head reads the `tokens` keys with the largest `(q P) (k P)^T`; their scores are then exact.
+
+    P `[D, dims]` are the leading eigenvectors of the keys' covariance. Nothing is evicted. A step costs the `dims`
+    leading coordinates of all keys, and its tokens.
+
+    Args:
+        tokens: Tokens read per query head.
+        dims: Leading components used for ranking; the paper takes a quarter or an eighth of D.
+        components: One `[G, D, >= dims]` per layer, columns by falling variance (`principal_components`); None fits
+            them to the prompt.
+        dense_layers: First layers that read everything.
+    """
+
+    tokens: int = 1024
+    dims: int = 32
+    components: tuple[Tensor, ...] | None = field(default=None, repr=False, compare=False)
+    dense_layers: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.tokens >= 1, "tokens", self.tokens, "at least 1 token")
+        require(self.dims >= 1, "dims", self.dims, "at least 1 component")
+        require(self.dense_layers >= 0, "dense_layers", self.dense_layers, "at least 0 layers")
+
+    def select(self, q: Tensor, store: KVStore, step: Step) -> TokenIndex:
+        """The best slots of each query head, `[B, H, 1, min(tokens, n)]`."""
+        basis = self._basis(q, store, step)
+        reduced = of_each_token(store, "loki", lambda keys: (keys.to(basis.dtype) @ basis).to(keys.dtype), step)
+        step.choosing += reduced.nbytes
+        ranks = scores(q @ per_query_head(basis, q).to(q.dtype), reduced)
+        return highest(ranks.masked_fill(~per_query_head(store.present, q), -torch.inf), self.tokens, len(store))
+
+    def _basis(self, q: Tensor, store: KVStore, step: Step) -> Tensor:
+        """`[B or 1, G, D, dims]` in fp32 (fp64 for fp64)."""
+        dim, heads = q.shape[3], store.lengths.shape[1]
+        require(self.dims <= dim, "dims", self.dims, f"at most the {dim} channels of a key")
+        if self.components is not None:
+            fits = step.layer < len(self.components)
+            require(fits, "components", len(self.components), f"one for each layer, also layer {step.layer}")
+            given = self.components[step.layer]
+            expected = f"[{heads}, {dim}, {self.dims} or more]"
+            fits = given.ndim == 3 and given.shape[:2] == (heads, dim) and given.shape[2] >= self.dims
+            require(fits, "components", tuple(given.shape), expected)
+            return given[None, :, :, : self.dims].to(q.device, accumulation_dtype(q.dtype))
+        kept = recall(store, "loki components")
+        if kept is None:
+            step.choosing += int(store.lengths.sum()) * key_nbytes(store)
+            fitted = principal_components(store.keys, store.present)
+            kept = store.derived["loki components"] = Derived(store.changes, {"basis": fitted})
+        return kept.tensors["basis"][..., : self.dims]
+
+
+def principal_components(keys: Tensor, present: Tensor | None = None) -> Tensor:
+    """Eigenvectors of the covariance of keys, by falling eigenvalue, as columns.
+
+    Args:
+        keys: `[.., n, D]`.
+        present: Bool `[.., n]`, which count; None for all.
+
+    Returns:
+        `[.., D, D]` in fp32 (fp64 for fp64).
+    """
+    keys = keys.to(accumulation_dtype(keys.dtype))
+    count = present[..., None] if present is not None else torch.ones_like(keys[..., :1], dtype=torch.bool)
+    mean = (keys * count).sum(-2, keepdim=True) / count.sum(-2, keepdim=True).clamp(min=1)
+    centred = (keys - mean) * count
+    return torch.linalg.eigh(centred.transpose(-1, -2) @ centred).eigenvectors.flip(-1)
+
+
+__all__ = ["Loki", "principal_components"]

@@ -1,0 +1,140 @@
+"""MagicPIG: keys are sampled by hash tables, and what they were likely to be sampled corrects their weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from saccade.catalog import register
+from saccade.mechanisms.base import require
+from saccade.mechanisms.cache._derived import (
+    Derived,
+    StepSelection,
+    key_nbytes,
+    of_each_token,
+    per_query_head,
+    recall,
+    slots_of,
+)
+from saccade.mechanisms.cache.base import Step
+from saccade.mechanisms.cache.reading import WeightedSlots
+from saccade.mechanisms.cache.store import KVStore
+from saccade.ops.checks import accumulation_dtype
+from saccade.types import Kind, Pattern
+
+
+@register(
+    "magic_pig",
+    Kind.CACHE_POLICY,
+    summary="Decoding reads a sample of keys drawn by locality-sensitive hashing, with weights that make up for it.",
+    papers=("MagicPIG: LSH Sampling for Efficient LLM Generation",),
+    year=2024,
+    code="Infini-AI-Lab/MagicPIG",
+    patterns=frozenset({Pattern.CAUSAL_SELF}),
+    supports=frozenset({"gqa"}),
+    training_free=True,
+    exact_when="bits = 0, tables >= 2",
+    complexity="N",
+    effects=frozenset({"selecting"}),
+    deviations=(
+        (
+            "All codes are compared (2 bytes a table and token, held beside the store), where the authors look up "
+            "sorted tables on the host; the sample is the same."
+        ),
+        (
+            "Sampled keys and values are copied and weighted in PyTorch: no engine adds a number to each score. The "
+            "same tokens are read."
+        ),
+        (
+            "Tokens decoded after the prompt are hashed once they leave the local window; the authors attend to all of "
+            "them. The mean of keys is that of all tokens stored when the first is decoded, not of the middle alone."
+        ),
+        "The authors add 1e-4 to the probability inside the logarithm; here it is exact.",
+    ),
+    example={"bits": 2, "tables": 3, "sinks": 2, "local": 4, "dense_layers": (0,)},
+    exact=lambda _: {"bits": 0, "tables": 2, "dense_layers": ()},
+)
+@dataclass(frozen=True)
+class MagicPIG(StepSelection):
+    """Reads sinks, local tokens and keys whose hash meets the query's in two tables or more. Nothing is evicted.
+
+    A table's hash is the signs of `bits` random projections; key j, less the keys' mean, meets the query in one table
+    with probability `p = (1 - angle / pi)^bits`, and in two or more of L with
+    `u = 1 - (1 - p)^L - L p (1 - p)^(L - 1)`. A sampled key's score becomes `q k^T scale - log u`, so that sums over
+    the sample estimate sums over all keys; `bits = 0` samples all with u = 1. Projections are drawn from `seed`.
+
+    Args:
+        bits: Bits of a hash, K; at most 15.
+        tables: Hash tables, L; 2 or more.
+        sinks: First tokens, always read.
+        local: Last tokens, always read, the newest included.
+        dense_layers: Numbers of the layers that read everything.
+        seed: Of the projections.
+    """
+
+    bits: int = 10
+    tables: int = 150
+    sinks: int = 4
+    local: int = 64
+    dense_layers: tuple[int, ...] = (0, 16)  # type: ignore[assignment]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(0 <= self.bits <= 15, "bits", self.bits, "0 to 15")
+        require(self.tables >= 2, "tables", self.tables, "at least 2, a key must be met twice")
+        require(self.sinks >= 0, "sinks", self.sinks, "at least 0 tokens")
+        require(self.local >= 1, "local", self.local, "at least 1 token")
+        require(all(layer >= 0 for layer in self.dense_layers), "dense_layers", self.dense_layers, "layers from 0")
+
+    def read(self, q: Tensor, store: KVStore, step: Step) -> WeightedSlots | None:
+        """All in dense layers and for several tokens, else a sample."""
+        return None if q.shape[2] != 1 or step.layer in self.dense_layers else self.select(q, store, step)
+
+    def select(self, q: Tensor, store: KVStore, step: Step) -> WeightedSlots:
+        """Slots to read `[B, H, K]`, and -log u of those that were sampled."""
+        mean = self._mean(store, step)
+        wide = q[:, :, 0].to(mean.dtype)
+        codes = of_each_token(store, "hashes", lambda keys: self.hashes(keys.to(mean.dtype) - mean), step)
+        step.choosing += codes.nbytes
+        met = (per_query_head(codes, q) == self.hashes(wide[:, :, None])).sum(-1) >= 2
+        positions = store.positions
+        always = (positions < self.sinks) | (positions >= store.seen[:, None, None] - self.local)
+        slots = slots_of((met | per_query_head(always, q)) & per_query_head(store.present, q))
+        keys = store.gather(slots)[0].to(mean.dtype) - per_query_head(mean, q)
+        cosine = torch.cosine_similarity(keys, wide[:, :, None], dim=-1, eps=torch.finfo(mean.dtype).tiny)
+        bias = -self.probability(cosine).clamp(min=torch.finfo(mean.dtype).tiny).log()
+        certain = per_query_head(always, q).gather(2, slots.clamp(min=0)) | (slots < 0)
+        return WeightedSlots(slots, bias.masked_fill(certain, 0.0))
+
+    def hashes(self, x: Tensor) -> Tensor:
+        """`[.., D]` to the codes int16 `[.., tables]`."""
+        signs = x @ _projections(x.shape[-1], self.bits * self.tables, self.seed).to(x) > 0
+        powers = 2 ** torch.arange(self.bits, device=x.device)
+        return (signs.unflatten(-1, (self.tables, self.bits)) * powers).sum(-1).to(torch.int16)
+
+    def probability(self, cosine: Tensor) -> Tensor:
+        """Of a key at this cosine to the query to be sampled."""
+        once = (1 - torch.arccos(cosine.clamp(-1, 1)) / math.pi) ** self.bits
+        return 1 - (1 - once) ** self.tables - self.tables * once * (1 - once) ** (self.tables - 1)
+
+    def _mean(self, store: KVStore, step: Step) -> Tensor:
+        """Of each head's keys when the first token is decoded, `[B, G, 1, D]`."""
+        kept = recall(store, "mean key")
+        if kept is None:
+            step.choosing += int(store.lengths.sum()) * key_nbytes(store)
+            keys = store.keys.to(accumulation_dtype(store.dtype))
+            mean = keys.sum(2, keepdim=True) / store.lengths.clamp(min=1)[..., None, None]
+            kept = store.derived["mean key"] = Derived(store.changes, {"mean": mean})
+        return kept.tensors["mean"]
+
+
+@cache
+def _projections(dim: int, count: int, seed: int) -> Tensor:
+    return torch.randn(dim, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+__all__ = ["MagicPIG"]
