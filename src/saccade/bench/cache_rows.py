@@ -33,7 +33,7 @@ DIM = 64
 
 @dataclass(frozen=True)
 class Shares:
-    """Parts of dense attention's bytes: held of the cache, and read in a step."""
+    """Parts of dense attention's bytes: held of the cache, whole pages counted, and read in a step."""
 
     held: float
     read: float
@@ -159,7 +159,7 @@ def shares_of(policy: CachePolicy, tokens: int, layers: int) -> Shares:
         for piece in (slice(0, tokens), slice(tokens, tokens + 1)):
             for layer in stack:
                 layer(*(x[:, :, piece] for x in (q, k, v)))
-        held.append(sum(int(layer.kept.lengths.sum()) * layer.kept.slot_nbytes for layer in stack))
+        held.append(sum(layer.nbytes for layer in stack))
         read.append(sum(layer.bytes_read for layer in stack))
     return Shares(held[0] / held[1], read[0] / read[1])
 

@@ -217,6 +217,7 @@ def _measured(
     result = cache.bench_cache(
         loaded, tokenizer, min(context, 512) if quick else context, steps=steps, windows=windows,
         tries=1 if quick else tries, only=cache_rows.matching(only), progress=_noted,
+        budgets=(0.25,) if quick else cache_rows.BUDGETS,
     )  # fmt: skip
     return cache.COLUMNS, [result]
 
