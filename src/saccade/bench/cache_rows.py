@@ -33,7 +33,10 @@ DIM = 64
 
 @dataclass(frozen=True)
 class Shares:
-    """Parts of dense attention's bytes: held of the cache, whole pages counted, and read in a step."""
+    """Parts of dense attention's bytes: held of the cache, whole pages counted, and read in a step by a query head.
+
+    Where query heads share keys and each has a list of its own, a token may be read once for each of them.
+    """
 
     held: float
     read: float
@@ -152,7 +155,7 @@ def shares_of(policy: CachePolicy, tokens: int, layers: int) -> Shares:
         Its shares.
     """
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, heads, tokens + 1, DIM, generator=generator) for heads in (2, 1, 1))
+    q, k, v = (torch.randn(1, heads, tokens + 1, DIM, generator=generator) for heads in (2, 2, 2))
     held, read = [], []
     for one in (policy, Everything()):
         stack = CachedAttention.stack(one, layers)
