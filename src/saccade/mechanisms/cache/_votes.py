@@ -73,14 +73,13 @@ class PromptCompression(CachePolicy):
 
     def keep(self, q: Tensor, store: KVStore, step: Step) -> Tensor | None:
         """Collect votes; at the end of the prompt keep the window, the best, and what came after the prompt."""
-        prompt = self._prompt(q, store)
+        prompt = prompt_of(self.prompt, q, store)
         if prompt is None:
             return None
         new = window_votes(q, store, step.scale, prompt - self.window, prompt)
         if new is not None:
             store.set_stat("votes", store.stat("votes") + new)
-        whole = (store.lengths == store.seen[:, None]).all(1)
-        ready = whole & (store.seen >= prompt) & (prompt > self.tokens)
+        ready = complete(prompt, store) & (prompt > self.tokens)
         if not bool(ready.any()):
             return None
         positions = store.positions
@@ -89,12 +88,27 @@ class PromptCompression(CachePolicy):
         votes = votes.masked_fill(~choice, -torch.inf)
         return best(votes, self.budgets(votes, prompt, step)) | ~choice | ~ready[:, None, None]
 
-    def _prompt(self, q: Tensor, store: KVStore) -> Tensor | None:
-        """Tokens of the prompts that this call belongs to, int64 `[B]`; None if it belongs to none."""
-        before = store.seen - q.shape[2]  # below 0 by as much as the call was padded
-        if self.prompt is not None:
-            return torch.full_like(before, self.prompt) if bool((before < self.prompt).any()) else None
-        return store.seen if bool((before <= 0).all()) else None
+
+def prompt_of(setting: int | None, q: Tensor, store: KVStore) -> Tensor | None:
+    """The prompts that a call belongs to.
+
+    Args:
+        setting: Tokens of each prompt; None for all of the first call.
+        q: `[B, H, M, D]`, the queries of the last M tokens.
+        store: With these tokens.
+
+    Returns:
+        Their tokens, int64 `[B]`; None if the call belongs to none.
+    """
+    before = store.seen - q.shape[2]  # below 0 by as much as the call was padded
+    if setting is not None:
+        return torch.full_like(before, setting) if bool((before < setting).any()) else None
+    return store.seen if bool((before <= 0).all()) else None
+
+
+def complete(prompt: Tensor, store: KVStore) -> Tensor:
+    """Whether all of a prompt has come and nothing of it has gone, bool `[B]`."""
+    return (store.lengths == store.seen[:, None]).all(1) & (store.seen >= prompt)
 
 
 def pooled(votes: Tensor, kernel: int, pooling: str) -> Tensor:
@@ -138,4 +152,4 @@ def window_votes(q: Tensor, store: KVStore, scale: float | None, first: Tensor, 
     return total
 
 
-__all__ = ["PROTOCOLS", "PromptCompression", "pooled", "window_votes"]
+__all__ = ["PROTOCOLS", "PromptCompression", "complete", "pooled", "prompt_of", "window_votes"]
