@@ -64,7 +64,7 @@ def test_run_uses_the_cache_of_a_recipe(saved, byte_model, tmp_path):
     arguments = ["run", str(saved), "--prompt", "Once upon a time", "--tokens", "4", "--recipe", str(recipe)]
     result = runner.invoke(app, [*arguments, "--explain"])
     assert result.exit_code == 0, result.output
-    assert "tokens/s with the recipe, 0.0 MB of keys and values" in result.output
+    assert "tokens/s with the recipe, 0.0 MB of keys and values in PagedCache: keep sink_recent(" in result.output
     assert "keep sink_recent(sinks=2, recent=7)  8.0" in result.output
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from saccade.mechanisms.cache.base import CachePolicy, Everything, compose
 from saccade.mechanisms.cache.h2o import H2O
@@ -16,6 +17,7 @@ from saccade.mechanisms.cache.sink_recent import SinkRecent
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.tidal_decode import TidalDecode
 from saccade.plug import PagedCache, Recipe, apply, explain
+from saccade.plug.cache import cache_in_words
 
 Build = Callable[..., Any]
 FULL = [
@@ -43,6 +45,15 @@ def test_full_budget_gives_the_same_tokens(tiny: Build, ids: Tensor, policy: Cac
         assert torch.equal(generate(model, ids, policy), expected)
         assert "decode_attend" in str(explain(model))
     assert torch.equal(generate(model, ids), expected)
+
+
+def test_a_cache_in_words(tiny: Build) -> None:
+    model = tiny()
+    with apply(model, Recipe.uniform(model, "dense")):
+        assert cache_in_words(PagedCache(model, Everything())) == "PagedCache: everything"
+        mixed = PagedCache(model, [compose(store=Storage(bits=8)), Everything()])
+        assert cache_in_words(mixed) == "PagedCache: store bits=8 in 1 layers; everything in 1 layers"
+    assert cache_in_words(DynamicCache()) == "DynamicCache"
 
 
 @pytest.mark.parametrize("family", ["Mistral", "Gemma2", "Qwen3", "GptOss"])

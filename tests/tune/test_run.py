@@ -10,8 +10,10 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+from saccade.kernels import cpu
 from saccade.plug import Recipe, apply
 from saccade.tune import Progress, plan_tuning, tune
+from saccade.tune.heldout import DECODE_TOKENS
 
 OPTIONS = {"context": 2048, "quick": True, "mechanisms": ["sink_window", "sparge"], "budget": 0.5}
 
@@ -71,8 +73,32 @@ def test_the_report_holds_what_was_measured(finished):
     assert [row["tokens"] for row in report["heldout"]["passkey"]] == [512, 1024]
     assert [target["name"] for target in report["targets"]] == [
         "prefill, against dense", "perplexity, against dense", "pass keys found",
+        *(["time of a decoded token, against dense"] if finished[0].recipe.has_cache else []),
     ]  # fmt: skip
     assert set(report["left_out"].values()) == {"not asked for"}
+
+
+def test_the_recipe_names_the_cache_it_was_measured_with(finished):
+    result = finished[0]
+    report, kernel = result.report, cpu.missing() is None
+    assert result.recipe.has_cache is kernel
+    assert report["summary"]["cache"] == {
+        "dense": "DynamicCache", "tuned": "PagedCache: everything" if kernel else "DynamicCache",
+    }  # fmt: skip
+    assert f"tuned from {report['summary']['cache']['tuned']}" in report["heldout"]["notes"]
+    # fp32 keys and values of 2 layers and 2 heads of 8: pages of 64 tokens with their positions hold a little more
+    dense = 2 * 2 * 2 * 8 * 4 * (OPTIONS["context"] + DECODE_TOKENS)
+    assert report["summary"]["kv_bytes"]["dense"] == dense
+    assert dense < report["summary"]["kv_bytes"]["tuned"] < 1.15 * dense or not kernel
+
+
+def test_without_a_kernel_the_recipe_has_no_cache_and_the_report_says_so(byte_model, tmp_path, monkeypatch):
+    model, tokenizer = byte_model
+    monkeypatch.setattr("saccade.tune.run.exact_cache", lambda *_: (None, "decoding from pages has no kernel here"))
+    result = tune(model, tokenizer, tmp_path, **(OPTIONS | {"mechanisms": ["sink_window"]}))
+    assert not result.recipe.has_cache
+    assert result.report["summary"]["cache"]["tuned"] == "DynamicCache"
+    assert "no kernel here" in (tmp_path / "report.html").read_text()
 
 
 def test_a_killed_run_continues(byte_model, tmp_path):

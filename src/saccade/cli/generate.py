@@ -18,7 +18,7 @@ def generate(model: Any, tokenizer: Any, text: str, recipe: Recipe | None, token
     """Greedy generation of an answer to `text`, printed as it comes, then the speeds."""
     from transformers import DynamicCache, TextStreamer
 
-    from saccade.plug.cache import cache_bytes
+    from saccade.plug.cache import cache_bytes, cache_in_words
 
     ids = _prompt(tokenizer, text).to(model.device)
     with torch.no_grad(), apply(model, recipe) if recipe is not None else nullcontext():
@@ -37,7 +37,7 @@ def generate(model: Any, tokenizer: Any, text: str, recipe: Recipe | None, token
     console.print(
         f"\n{ids.shape[1]:,} prompt tokens in {first:.2f} s ({ids.shape[1] / first:,.0f} tokens/s), "
         f"{made} generated, {rate:.1f} tokens/s{' with the recipe' if recipe is not None else ', dense'}, "
-        f"{cache_bytes(cache) / 1e6:,.1f} MB of keys and values",
+        f"{cache_bytes(cache) / 1e6:,.1f} MB of keys and values in {cache_in_words(cache)}",
         highlight=False,
         soft_wrap=True,
     )

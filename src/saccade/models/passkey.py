@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -145,14 +145,28 @@ def passkey_likelihoods(
 
 
 @torch.no_grad()
-def passkey_results(model: Any, tokenizer: Any, prompts: Sequence[Passkey], new_tokens: int = 8) -> list[PasskeyResult]:
-    """The model's greedy answer to each prompt, one prompt at a time."""
+def passkey_results(
+    model: Any, tokenizer: Any, prompts: Sequence[Passkey], new_tokens: int = 8,
+    make_cache: Callable[[], Any] | None = None,
+) -> list[PasskeyResult]:  # fmt: skip
+    """The model's greedy answer to each prompt, one prompt at a time.
+
+    Args:
+        model: A transformers causal language model.
+        tokenizer: Its tokenizer.
+        prompts: What to ask.
+        new_tokens: Most tokens of an answer.
+        make_cache: Gives an empty cache for each; None for transformers' own.
+
+    Returns:
+        One for each prompt.
+    """
     results = []
     for prompt in prompts:
         ids = prompt.ids.to(model.device)
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=tokenizer.pad_token_id, past_key_values=None if make_cache is None else make_cache(),
         )  # fmt: skip
         reply = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         results.append(PasskeyResult(prompt.length, prompt.depth, prompt.answer, reply, prompt.answer in reply))

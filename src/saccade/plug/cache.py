@@ -7,6 +7,7 @@ finds the layer through them, stores the tokens, and lets decoding read the stor
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from saccade.mechanisms.cache.base import CachePolicy, Step
 from saccade.mechanisms.cache.files import CacheFileError, load_stores, save_stores
+from saccade.plug.cache_recipe import in_words
 from saccade.plug.fingerprint import fingerprint
 from saccade.plug.layers import attention_layers
 from saccade.plug.state import STATE
@@ -200,4 +202,15 @@ def cache_bytes(cache: Any) -> int:
     return sum(x.numel() * x.element_size() for x in kept)
 
 
-__all__ = ["LAYER", "PagedCache", "PagedLayer", "cache_bytes"]
+def cache_in_words(cache: Any) -> str:
+    """Which cache it is: `DynamicCache`, or as `PagedCache: store bits=8 in 28 layers; everything in 2 layers`."""
+    kind = type(cache).__name__
+    if not isinstance(cache, PagedCache):
+        return kind
+    counts = Counter(in_words(layer.policy) for layer in cache.layers)
+    if len(counts) == 1:
+        return f"{kind}: {next(iter(counts))}"
+    return f"{kind}: " + "; ".join(f"{words} in {count} layers" for words, count in counts.most_common())
+
+
+__all__ = ["LAYER", "PagedCache", "PagedLayer", "cache_bytes", "cache_in_words"]

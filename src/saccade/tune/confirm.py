@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.models.passkey import PasskeyLikelihood
-from saccade.plug import Choice, LayerRecipe, Recipe, fingerprint
+from saccade.plug import Choice, LayerCache, LayerRecipe, Recipe, fingerprint
 from saccade.tune.candidates import DENSE, Candidate
 from saccade.tune.score import CandidateScore
 from saccade.tune.search import Assignment, Choices, assign, evaluate, within
@@ -140,9 +140,22 @@ def make_choices(candidates: list[Candidate], scores: dict[str, list[CandidateSc
 
 def make_recipe(
     model: Any, layers: list[str], assignment: Assignment, candidates: list[Candidate], about: dict[str, Any],
-    min_tokens: dict[str, int] | None = None,
+    min_tokens: dict[str, int] | None = None, cache: LayerCache | None = None,
 ) -> Recipe:  # fmt: skip
-    """The recipe of an assignment; decoding stays dense, on the engine of the first candidate, dense attention."""
+    """The recipe of an assignment; decoding stays dense, on the engine of the first candidate, dense attention.
+
+    Args:
+        model: It is for this one.
+        layers: Names, as in the assignment.
+        assignment: A candidate per layer and head.
+        candidates: Dense attention first.
+        about: Notes.
+        min_tokens: By the candidates' keys, the length below which dense attention runs instead.
+        cache: Of every layer; None for transformers' own.
+
+    Returns:
+        The recipe.
+    """
     decode = (Choice("all", DENSE, candidates[0].settings),)
     recipes = {}
     for layer, chosen in zip(layers, assignment.chosen.tolist(), strict=True):
@@ -156,7 +169,7 @@ def make_recipe(
             )
             for number, heads in groups.items()
         )
-        recipes[layer] = LayerRecipe(prefill, decode)
+        recipes[layer] = LayerRecipe(prefill, decode, cache)
     return Recipe(fingerprint(model), recipes, about)
 
 

@@ -14,6 +14,7 @@ from saccade.models.passkey import Passkey, PasskeyLikelihood, passkey_likelihoo
 from saccade.models.tasks import check_head, text_windows
 from saccade.plug import Recipe, apply, attention_layers, fingerprint, patchable_layers
 from saccade.report import require_packages, write_report
+from saccade.tune.caches import exact_cache
 from saccade.tune.calibrate import Calibration, score_model
 from saccade.tune.candidates import DENSE, Candidate, dense_candidate, every_other, find_candidates
 from saccade.tune.confirm import Retrieval, Search, Trial, make_choices, make_recipe
@@ -141,13 +142,14 @@ def tune(
     crossings = job.crossovers()
     assignment, trials, kept = job.search(choices, candidates, list(scores), crossings)
     about = {"context": context, "budget": budget, "seed": seed, "made_by": "saccade tune"}
-    recipe = make_recipe(model, list(scores), assignment, candidates, about, crossings)
+    cache, without = exact_cache(model, candidates[0])
+    recipe = make_recipe(model, list(scores), assignment, candidates, about, crossings, cache)
     rounds, splits, keys = job.measure(recipe)
     examples = job.examples(recipe)
     parts = ReportParts(
         name=name, command=command, text=texts.source, plan=plan, candidates=candidates, scores=scores, choices=choices,
         assignment=assignment, trials=trials, kept=kept, recipe=recipe, rounds=rounds, splits=splits, passkeys=keys,
-        examples=examples, elapsed=time.time() - started,
+        without_cache=without, examples=examples, elapsed=time.time() - started,
     )  # fmt: skip
     report = report_data(model, parts)
     folder = Path(out)
