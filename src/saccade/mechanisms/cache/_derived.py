@@ -99,6 +99,21 @@ def slots_of(mask: Tensor) -> Tensor:
     return order.masked_fill(~mask.gather(-1, order), -1)
 
 
+def between(first: Tensor, stop: Tensor) -> Tensor:
+    """The slots first .. stop - 1 of each row, int64 `[.., K]`; -1 fills up short rows."""
+    count = (stop - first).clamp(min=0)
+    place = torch.arange(int(count.max()), device=count.device)
+    return torch.where(place < count[..., None], first[..., None] + place, -1)
+
+
+def add_to_stat(store: KVStore, name: str, slots: Tensor, numbers: Tensor) -> None:
+    """Add `numbers` `[B, G, K]` to what the store keeps under a name for some slots, int64 `[B, G, K]`; -1 for none."""
+    entry, head, column = (slots >= 0).nonzero(as_tuple=True)
+    where = entry, head, slots[entry, head, column]
+    old = store.table.parts[name][store.table.find(where)]
+    store.table.write(where, {name: old + numbers[entry, head, column][:, None]})
+
+
 def of_each_token(store: KVStore, name: str, make: Callable[[Tensor], Tensor], step: Step) -> Tensor:
     """Numbers made of each key, kept between steps: only tokens that are new are looked at.
 
@@ -177,6 +192,8 @@ def _room(x: Tensor, rows: int, filler: float) -> Tensor:
 __all__ = [
     "Derived",
     "StepSelection",
+    "add_to_stat",
+    "between",
     "highest",
     "key_nbytes",
     "listed",

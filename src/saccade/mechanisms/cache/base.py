@@ -35,7 +35,7 @@ class Step:
         scale: Factor on q k^T in this call; None means D^-0.5.
         lse: Log-sum-exp of the rows of this call, `[B, H, M]`; None for a policy without `needs_lse`.
         picked: Left by an earlier layer of this call for the later ones.
-        choosing: Bytes that the layer's `read` has read only to choose; `read` adds to it.
+        choosing: Bytes that the layer's policy has read only to choose what is read; `read` and `settle` add to it.
     """
 
     layer: int = 0
@@ -77,7 +77,7 @@ class CachePolicy(ABC):
         return None
 
     def settle(self, q: Tensor, store: KVStore, step: Step) -> None:  # noqa: B027  most have nothing to do
-        """*store*: after a call and after `keep`, for policies whose `store` packs tokens as they age."""
+        """After a call's attention, prompts included, and after `keep`: packs tokens, or notes what `read` needs."""
 
     def store(self) -> KVStore:
         """An empty store of the form this policy needs."""
@@ -122,6 +122,11 @@ class Composed(CachePolicy):
     def keep(self, q: Tensor, store: KVStore, step: Step) -> Tensor | None:
         """Of `keeper`."""
         return self.keeper.keep(q, store, step)
+
+    def settle(self, q: Tensor, store: KVStore, step: Step) -> None:
+        """Of `reader`, if it selects."""
+        if type(self.reader).read is not CachePolicy.read:
+            self.reader.settle(q, store, step)
 
 
 def compose(
@@ -203,9 +208,9 @@ def decode_step(
         )  # fmt: skip
     else:
         out, step.lse = attend_chosen(q, store, chosen, scale=scale, impl=impl)
-    bytes_read = slots_read(chosen, q, store) * store.slot_nbytes + step.choosing
+    attended = slots_read(chosen, q, store) * store.slot_nbytes
     evict_after(policy, q.detach(), store, step)
-    return out, bytes_read
+    return out, attended + step.choosing
 
 
 def attend_chosen(q: Tensor, store: KVStore, chosen: Choice, **options: Any) -> AttentionOutput:
