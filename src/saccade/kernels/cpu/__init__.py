@@ -7,6 +7,7 @@ PyTorch, and so one built file serves every version of both. Threads are PyTorch
 from saccade.kernels.cpu.attention import Rules, attention
 from saccade.kernels.cpu.backward import attention_backward
 from saccade.kernels.cpu.boxes import boxes_attention, boxes_gradients
+from saccade.kernels.cpu.decode_scores import decode_scores
 from saccade.kernels.cpu.decoding import Pages, decoding
 from saccade.kernels.cpu.gather import gathering, gathers
 from saccade.kernels.cpu.library import INSTRUCTION_SETS, instruction_set, missing, use
@@ -14,5 +15,5 @@ from saccade.kernels.cpu.scan import scan, scan_gradient
 
 __all__ = [
     "INSTRUCTION_SETS", "Pages", "Rules", "attention", "attention_backward", "boxes_attention", "boxes_gradients",
-    "decoding", "gathering", "gathers", "instruction_set", "missing", "scan", "scan_gradient", "use",
+    "decode_scores", "decoding", "gathering", "gathers", "instruction_set", "missing", "scan", "scan_gradient", "use",
 ]  # fmt: skip

@@ -4,6 +4,7 @@
 #include "box_rows.hpp"
 #include "boxes.hpp"
 #include "decode.hpp"
+#include "decode_scores.hpp"
 #include "engine.hpp"
 #include "gather.hpp"
 #include "scan_engine.hpp"
@@ -62,6 +63,8 @@ static const Engine ENGINE = {
     .decode_partial = decode_partial,
     .decode = decode,
     .decode_join = join,
+    .score_scratch = score_scratch,
+    .decode_scores = decode_scores,
 };
 
 }  // namespace saccade::SACCADE_ISA

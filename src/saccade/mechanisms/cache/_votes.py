@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from saccade.mechanisms.base import require
-from saccade.mechanisms.cache.base import SCORE_ELEMENTS, CachePolicy, Step, best
+from saccade.mechanisms.cache.base import CachePolicy, Step, best
+from saccade.mechanisms.cache.reading import SCORE_ELEMENTS, is_few, score_stored
 from saccade.mechanisms.cache.store import KVStore
 from saccade.ops.checks import accumulation_dtype, resolve_scale
 
@@ -141,6 +142,11 @@ def window_votes(q: Tensor, store: KVStore, scale: float | None, first: Tensor, 
     if not len(columns):
         return None
     dtype, groups = accumulation_dtype(q.dtype), store.lengths.shape[1]
+    last = queries - int(columns[0])
+    if is_few(last, batch * heads * len(store)):
+        weights = score_stored(q[:, :, -last:], store, scale=scale).softmax(-1)
+        weights = weights.masked_fill(~voting[:, None, -last:, None], 0.0)
+        return weights.unflatten(1, (groups, -1)).sum((2, 3))
     keys = store.keys.to(dtype).transpose(-1, -2)
     positions = store.positions.masked_fill(~store.present, torch.iinfo(torch.int64).max)[:, :, None, None]
     total = torch.zeros(batch, groups, len(store), dtype=dtype, device=q.device)

@@ -11,15 +11,19 @@ from torch import Tensor
 
 from saccade.catalog import Card
 from saccade.mechanisms.base import require
-from saccade.mechanisms.cache.reading import WeightedSlots, attend_stored, attend_weighted
+from saccade.mechanisms.cache.reading import (
+    SCORE_ELEMENTS,
+    WeightedSlots,
+    attend_stored,
+    attend_weighted,
+    is_few,
+    score_stored,
+)  # fmt: skip
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.store import KVStore
 from saccade.ops import attend, block_attend, gather_attend
 from saccade.ops.checks import accumulation_dtype, check_qkv, resolve_scale
 from saccade.types import AttentionOutput, BlockLayout, TokenIndex
-
-SCORE_ELEMENTS = 2**22
-"""Most scores that `received_attention` holds at once."""
 
 Choice = TokenIndex | BlockLayout | WeightedSlots | None
 """Slots that queries attend to; None = all, causal."""
@@ -255,6 +259,12 @@ def best(scores: Tensor, count: int | Tensor) -> Tensor:
 
     A number for each head is int64 `[B, 1 or G]`.
     """
+    slots = scores.shape[-1]
+    if isinstance(count, int) and 0 < count < slots:  # all above the last that stays, and as many of its equals
+        last = scores.kthvalue(slots - count + 1, dim=-1, keepdim=True).values
+        above, level = scores > last, scores == last
+        room = count - above.sum(-1, keepdim=True)
+        return (above | (level & (level.cumsum(-1) <= room))) & (scores > -torch.inf)
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     count = count if isinstance(count, int) else count[..., None]
     among = (torch.arange(scores.shape[-1], device=scores.device) < count).expand_as(scores)
@@ -279,12 +289,14 @@ def received_attention(q: Tensor, store: KVStore, step: Step) -> Tensor:
     if step.lse is None:
         raise ValueError("step.lse=None: expected the log-sum-exp of dense attention")
     batch, heads, queries, dim = q.shape
-    keys, slots = store.keys, len(store)
-    groups, dtype = keys.shape[1], accumulation_dtype(q.dtype)
+    groups, slots, dtype = store.lengths.shape[1], len(store), accumulation_dtype(q.dtype)
+    rows = step.lse.masked_fill(step.lse == -torch.inf, torch.inf).to(dtype)  # a row that sees nothing gives nothing
+    if is_few(queries, batch * heads * slots):
+        weights = score_stored(q, store, scale=step.scale).sub_(rows[..., None]).exp_()
+        return weights.unflatten(1, (groups, -1)).sum((2, 3))
+    keys = store.keys.to(dtype).transpose(-1, -2)
     wide = q.reshape(batch, groups, heads // groups, queries, dim).to(dtype) * resolve_scale(step.scale, dim)
-    rows = step.lse.view(batch, groups, heads // groups, queries, 1).to(dtype)
-    rows = rows.masked_fill(rows == -torch.inf, torch.inf)  # a row that sees nothing gives nothing
-    keys = keys.to(dtype).transpose(-1, -2)
+    rows = rows.view(batch, groups, heads // groups, queries, 1)
     slot = torch.arange(slots, device=q.device)
     place = torch.arange(queries, device=q.device) + store.lengths[..., None] - queries
     total = torch.zeros(batch, groups, slots, dtype=dtype, device=q.device)

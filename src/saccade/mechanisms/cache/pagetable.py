@@ -111,9 +111,23 @@ class PageTable:
         pages = self.table[:, :, entry].masked_fill(token >= self.lengths[..., None], 0)
         return pages, token - entry * self.layout.size
 
+    def whole(self, name: str) -> Tensor:
+        """A part of every slot up to the greatest length, copied page by page: `[B, G, n, width]`."""
+        used = self._used()
+        pages = self.table[:, :, : used.shape[2]].masked_fill(~used, 0)
+        return self.parts[name][pages].flatten(2, 3)[:, :, : self.longest]
+
+    def fill(self, name: str, x: Tensor) -> None:
+        """Overwrite a part of every slot, and what lies past a head's length, by `x` `[B, G, n, width]`, page by page."""
+        used = self._used()
+        self._own(used)
+        whole = torch.nn.functional.pad(x, (0, 0, 0, used.shape[2] * self.layout.size - x.shape[2]))
+        into = self.parts[name]
+        into[self.table[:, :, : used.shape[2]][used]] = whole.unflatten(2, (-1, self.layout.size))[used].to(into.dtype)
+
     def write(self, slots: Slots, parts: dict[str, Tensor]) -> None:
         """Overwrite parts of tokens, each given as `[*shape of the slots, width]`."""
-        self._own(slots)
+        self._own_pages_of(slots)
         where = self.find(slots)
         for name, x in parts.items():
             into = self.parts[name]
@@ -121,7 +135,7 @@ class PageTable:
 
     def move(self, sources: Slots, targets: Slots) -> None:
         """Copy whole tokens over others; all sources are read before the first is overwritten."""
-        self._own(targets)
+        self._own_pages_of(targets)
         source, target = self.find(sources), self.find(targets)
         for part in self.parts.values():
             part[target] = part[source]
@@ -157,12 +171,27 @@ class PageTable:
         self.arena.share(other.table[used])
         return other
 
-    def _own(self, slots: Slots) -> None:
-        """Before tokens are written to: copy their pages where other tables, or other rows of this one, share them."""
+    def _used(self) -> Tensor:
+        """Which entries of the table hold tokens, bool `[B, G, T]` with T those of the longest head."""
+        need = self._pages(self.lengths)
+        return torch.arange(-(-self.longest // self.layout.size), device=need.device) < need[..., None]
+
+    def _own_pages_of(self, slots: Slots) -> None:
+        """As `_own`, before tokens are written to."""
+        if self.arena.shared:
+            entries = torch.zeros_like(self.table, dtype=torch.bool)
+            entries[slots[0], slots[1], slots[2] // self.layout.size] = True
+            self._own(entries)
+
+    def _own(self, entries: Tensor) -> None:
+        """Copy pages that are about to be written to where other tables, or other rows of this one, share them.
+
+        Args:
+            entries: Bool `[B, G, T]`, which entries of the table, or the first of them.
+        """
         if not self.arena.shared:
             return
-        entries = torch.zeros_like(self.table, dtype=torch.bool)
-        entries[slots[0], slots[1], slots[2] // self.layout.size] = True
+        entries = torch.nn.functional.pad(entries, (0, self.table.shape[2] - entries.shape[2]))
         pages = self.table[entries]
         shared = (self.arena.users[pages.cpu()] > 1).to(pages.device)
         old = pages[shared]

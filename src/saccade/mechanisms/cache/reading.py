@@ -10,9 +10,20 @@ from torch import Tensor
 
 from saccade.mechanisms.cache._packed import PackedStore, attend_tiers
 from saccade.mechanisms.cache.store import KVStore
-from saccade.ops import decode_attend
+from saccade.ops import decode_attend, decode_scores
 from saccade.ops.checks import accumulation_dtype, resolve_scale
 from saccade.types import AttentionOutput, KVPages
+
+SCORE_ELEMENTS = 2**22
+"""Most scores that are held at once where weights are looked at."""
+
+FEW_QUERIES = 64
+"""Up to so many, keys that are read in place are faster than a copy of them."""
+
+
+def is_few(queries: int, elements: int) -> bool:
+    """Whether `score_stored` serves for so many queries of `elements` scores each."""
+    return queries == 1 or (queries <= FEW_QUERIES and queries * elements <= SCORE_ELEMENTS)
 
 
 def attend_stored(
@@ -63,6 +74,27 @@ def attend_stored(
     return result
 
 
+def score_stored(q: Tensor, store: KVStore, *, scale: float | None = None, impl: str = "auto") -> Tensor:
+    """Scores of a few of the newest tokens and all that is stored, whose keys are read in place.
+
+    Args:
+        q: `[B, H, M, D]`, the queries of the last M slots.
+        store: With at least these M tokens, none of them packed in groups.
+        scale: Factor on q k^T; None means D^-0.5.
+        impl: Implementation of `decode_scores`.
+
+    Returns:
+        `[B, H, M, n]` in fp32 (fp64 for fp64); -inf past a head's length and for what comes after the query.
+    """
+    scale = resolve_scale(scale, q.shape[3])
+    if store.storage.bits == 2:
+        cache = KVPages.from_dense(store.keys, store.values, lengths=store.lengths)
+    else:
+        cache = store.pages()
+        q = q if store.channels is None else _per_head(q, store.channels[0])
+    return decode_scores(q if cache.bits is not None else q.to(cache.k.dtype), cache, scale=scale, impl=impl)
+
+
 @dataclass(frozen=True, eq=False)
 class WeightedSlots:
     """Slots for one query per head, each with a number added to its score: the log of what its weight is multiplied by.
@@ -111,4 +143,4 @@ def _per_head(x: Tensor, factors: Tensor) -> Tensor:
     return x * factors.repeat_interleave(x.shape[1] // factors.shape[1], 1)[:, :, None]
 
 
-__all__ = ["WeightedSlots", "attend_stored", "attend_weighted"]
+__all__ = ["SCORE_ELEMENTS", "WeightedSlots", "attend_stored", "attend_weighted", "is_few", "score_stored"]

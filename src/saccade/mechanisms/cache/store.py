@@ -116,8 +116,7 @@ class KVStore:
         if name not in self.stats or self.empty:
             raise ValueError(f"name={name!r}: expected one of stats={self.stats}, in a store with tokens")
         check_slots("numbers", numbers, present, numbers.dtype)
-        slots = present.nonzero(as_tuple=True)
-        self.table.write(slots, {name: numbers[slots][:, None]})  # type: ignore[arg-type]
+        self.table.fill(name, numbers[..., None])
 
     def append(self, k: Tensor, v: Tensor, present: Tensor | None = None) -> None:
         """Take in the next tokens, copied.
@@ -284,13 +283,14 @@ class KVStore:
         """A part of every slot, `[B, G, n, width]`."""
         if name not in self.table.layout.parts:
             raise ValueError(f"{name!r}: expected one of stats={self.stats}, in a store with tokens")
-        return self.table.parts[name][self.table.grid()]
+        return self.table.whole(name)
 
     def _dense(self, number: int) -> Tensor:
-        batch, heads = self.lengths.shape
-        at = torch.arange(batch, device=self.lengths.device)[:, None, None], torch.arange(heads)[:, None]
-        x = self._decoded(number, self.table.grid(), (at[0], at[1].to(self.lengths.device)))
-        return x.masked_fill(~self.present[..., None], 0.0)
+        parts = [self.table.whole(name) for name in (KEY, VALUE)[number] if name in self.table.layout.parts]
+        x = self.storage.decode(tuple(parts), self.dtype)
+        x = x if self.channels is None else x * self.channels[number][:, :, None]
+        present = self.present
+        return x if bool(present.all()) else x.masked_fill(~present[..., None], 0.0)
 
     def __repr__(self) -> str:
         """Sizes, not the contents."""

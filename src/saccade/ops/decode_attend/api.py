@@ -45,7 +45,7 @@ IMPLEMENTATIONS = {
 """By preference."""
 
 
-def _check(q: Tensor, cache: KVPages) -> None:
+def check_cache(q: Tensor, cache: KVPages) -> None:
     """Sizes, dtypes and devices of the queries and the cache."""
     if not isinstance(q, Tensor) or q.ndim != 4 or not q.is_floating_point():
         shown = f"shape {tuple(q.shape)} and dtype {q.dtype}" if isinstance(q, Tensor) else f"type {type(q).__name__}"
@@ -125,7 +125,7 @@ def decode_attend(
     Raises:
         ValueError: If an argument is out of range or does not fit the others, or `impl` cannot run the call.
     """
-    _check(q, cache)
+    check_cache(q, cache)
     if slots is not None:
         _check_slots(slots, q, cache)
     check_window(window)
@@ -146,4 +146,4 @@ def decode_attend(
     return AttentionOutput(out, lse) if return_lse else out
 
 
-__all__ = ["IMPLEMENTATIONS", "decode_attend"]
+__all__ = ["IMPLEMENTATIONS", "check_cache", "decode_attend"]
