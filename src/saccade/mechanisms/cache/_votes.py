@@ -12,8 +12,9 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 
 from saccade.mechanisms.base import require
 from saccade.mechanisms.cache.base import CachePolicy, Step, best
-from saccade.mechanisms.cache.reading import SCORE_ELEMENTS, is_few, score_stored
+from saccade.mechanisms.cache.reading import score_stored
 from saccade.mechanisms.cache.store import KVStore
+from saccade.mechanisms.cache.weights import SCORE_ELEMENTS, is_few
 from saccade.ops.checks import accumulation_dtype, resolve_scale
 
 PROTOCOLS = (

@@ -11,18 +11,12 @@ from torch import Tensor
 
 from saccade.catalog import Card
 from saccade.mechanisms.base import require
-from saccade.mechanisms.cache.reading import (
-    SCORE_ELEMENTS,
-    WeightedSlots,
-    attend_stored,
-    attend_weighted,
-    is_few,
-    score_stored,
-)  # fmt: skip
+from saccade.mechanisms.cache.reading import WeightedSlots, attend_stored, attend_weighted
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.store import KVStore
+from saccade.mechanisms.cache.weights import best, received_attention
 from saccade.ops import attend, block_attend, gather_attend
-from saccade.ops.checks import accumulation_dtype, check_qkv, resolve_scale
+from saccade.ops.checks import check_qkv
 from saccade.types import AttentionOutput, BlockLayout, TokenIndex
 
 Choice = TokenIndex | BlockLayout | WeightedSlots | None
@@ -254,57 +248,7 @@ def slots_read(chosen: Choice, q: Tensor, store: KVStore) -> int:
     return int((chosen.indices >= 0).sum()) * lists // (chosen.indices.shape[0] * chosen.indices.shape[1])
 
 
-def best(scores: Tensor, count: int | Tensor) -> Tensor:
-    """The `count` highest of each head, bool `[B, G, n]`; ties go to the earlier slot, -inf is never among them.
-
-    A number for each head is int64 `[B, 1 or G]`.
-    """
-    slots = scores.shape[-1]
-    if isinstance(count, int) and 0 < count < slots:  # all above the last that stays, and as many of its equals
-        last = scores.kthvalue(slots - count + 1, dim=-1, keepdim=True).values
-        above, level = scores > last, scores == last
-        room = count - above.sum(-1, keepdim=True)
-        return (above | (level & (level.cumsum(-1) <= room))) & (scores > -torch.inf)
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    count = count if isinstance(count, int) else count[..., None]
-    among = (torch.arange(scores.shape[-1], device=scores.device) < count).expand_as(scores)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, among) & (scores > -torch.inf)
-
-
-@torch.no_grad()
-def received_attention(q: Tensor, store: KVStore, step: Step) -> Tensor:
-    """Softmax attention that each slot receives, summed over all queries of a call and the query heads that share it.
-
-    Args:
-        q: `[B, H, M, D]`, the queries of the last M slots.
-        store: With these slots.
-        step: With the rows' `lse`.
-
-    Returns:
-        `[B, G, n]` in fp32 (fp64 for fp64), computed in bounded chunks of queries.
-
-    Raises:
-        ValueError: If there is no `lse`.
-    """
-    if step.lse is None:
-        raise ValueError("step.lse=None: expected the log-sum-exp of dense attention")
-    batch, heads, queries, dim = q.shape
-    groups, slots, dtype = store.lengths.shape[1], len(store), accumulation_dtype(q.dtype)
-    rows = step.lse.masked_fill(step.lse == -torch.inf, torch.inf).to(dtype)  # a row that sees nothing gives nothing
-    if is_few(queries, batch * heads * slots):
-        weights = score_stored(q, store, scale=step.scale).sub_(rows[..., None]).exp_()
-        return weights.unflatten(1, (groups, -1)).sum((2, 3))
-    keys = store.keys.to(dtype).transpose(-1, -2)
-    wide = q.reshape(batch, groups, heads // groups, queries, dim).to(dtype) * resolve_scale(step.scale, dim)
-    rows = rows.view(batch, groups, heads // groups, queries, 1)
-    slot = torch.arange(slots, device=q.device)
-    place = torch.arange(queries, device=q.device) + store.lengths[..., None] - queries
-    total = torch.zeros(batch, groups, slots, dtype=dtype, device=q.device)
-    size = max(1, SCORE_ELEMENTS // max(1, batch * heads * slots))
-    for start in range(0, queries, size):
-        stop = min(start + size, queries)
-        scores = (wide[..., start:stop, :].flatten(2, 3) @ keys).unflatten(2, (-1, stop - start))
-        weights = torch.exp(scores - rows[..., start:stop, :])
-        hidden = slot > place[:, :, None, start:stop, None]
-        total += weights.masked_fill(hidden, 0.0).sum((2, 3))
-    return total
+__all__ = [
+    "CachePolicy", "Choice", "Composed", "Everything", "Step", "attend_chosen", "best", "compose", "decode_step",
+    "evict_after", "received_attention", "slots_read",
+]  # fmt: skip

@@ -118,7 +118,7 @@ class PageTable:
         return self.parts[name][pages].flatten(2, 3)[:, :, : self.longest]
 
     def fill(self, name: str, x: Tensor) -> None:
-        """Overwrite a part of every slot, and what lies past a head's length, by `x` `[B, G, n, width]`, page by page."""
+        """Overwrite a part of every slot and of what lies past the end by `x` `[B, G, n, width]`, page by page."""
         used = self._used()
         self._own(used)
         whole = torch.nn.functional.pad(x, (0, 0, 0, used.shape[2] * self.layout.size - x.shape[2]))

@@ -14,17 +14,6 @@ from saccade.ops import decode_attend, decode_scores
 from saccade.ops.checks import accumulation_dtype, resolve_scale
 from saccade.types import AttentionOutput, KVPages
 
-SCORE_ELEMENTS = 2**22
-"""Most scores that are held at once where weights are looked at."""
-
-FEW_QUERIES = 64
-"""Up to so many, keys that are read in place are faster than a copy of them."""
-
-
-def is_few(queries: int, elements: int) -> bool:
-    """Whether `score_stored` serves for so many queries of `elements` scores each."""
-    return queries == 1 or (queries <= FEW_QUERIES and queries * elements <= SCORE_ELEMENTS)
-
 
 def attend_stored(
     q: Tensor,
@@ -143,4 +132,4 @@ def _per_head(x: Tensor, factors: Tensor) -> Tensor:
     return x * factors.repeat_interleave(x.shape[1] // factors.shape[1], 1)[:, :, None]
 
 
-__all__ = ["SCORE_ELEMENTS", "WeightedSlots", "attend_stored", "attend_weighted", "is_few", "score_stored"]
+__all__ = ["WeightedSlots", "attend_stored", "attend_weighted", "score_stored"]

@@ -11,9 +11,10 @@ from torch import Tensor
 from saccade.catalog import register
 from saccade.mechanisms.base import require
 from saccade.mechanisms.cache._packed import PackedStore, Packing
-from saccade.mechanisms.cache.base import SCORE_ELEMENTS, CachePolicy, Step, best
+from saccade.mechanisms.cache.base import CachePolicy, Step, best
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.store import KVStore
+from saccade.mechanisms.cache.weights import SCORE_ELEMENTS
 from saccade.ops.checks import accumulation_dtype, resolve_scale
 from saccade.types import Kind, Pattern
 
