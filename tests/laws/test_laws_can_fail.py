@@ -260,6 +260,15 @@ class KeepsByBatch(CachePolicy):
         return best(store.keys.norm(dim=-1).sum(0, keepdim=True).expand(store.positions.shape), 8)
 
 
+class ReadsTheLongest(CachePolicy):
+    """Reads the last tokens of the longest sequence, also in shorter ones."""
+
+    def read(self, q: Tensor, store: KVStore, step: Any) -> TokenIndex | None:
+        last = torch.arange(len(store) - 20, len(store)).expand(*store.lengths.shape, 1, -1)
+        last = last.masked_fill(last >= store.lengths[..., None, None], -1)
+        return TokenIndex(last.contiguous(), 1, len(store)) if q.shape[2] == 1 else None
+
+
 class CountsChunks(Probe):
     def __init__(self) -> None:
         self.chunks = 0
@@ -322,6 +331,7 @@ class Squares(Batchy):
 CACHE = {
     "patterns": CAUSAL, "supports": frozenset({"gqa"}), "complexity": "N", "effects": frozenset({"evicting"})
 }  # fmt: skip
+CHUNKS = frozenset({"chunks", "gqa"})
 SMALL, LARGE = {"heavy": 4, "recent": 4}, {"heavy": 32, "recent": 32}
 FULL = {"exact_when": "always", "exact": lambda n: {}}
 LAYER = {"patterns": CAUSAL, "supports": frozenset({"backward", "streaming"}), "complexity": "N"}
@@ -343,6 +353,9 @@ OTHERS = [
     (10, Halves, Kind.REDUCER, {}, "2-D tokens: "),
     (4, ReadsTheFuture, Kind.CACHE_POLICY, CACHE, "after later tokens changed"),
     (5, H2O, Kind.CACHE_POLICY, {**CACHE, "supports": EVERYTHING, "example": SMALL}, "pieces and whole"),
+    (3, KeepsByBatch, Kind.CACHE_POLICY, CACHE, "beside a padded sequence and alone, layer 0 in step 1"),
+    (3, ReadsTheLongest, Kind.CACHE_POLICY, CACHE, "behind padding and alone, layer 0 in step 1"),
+    (5, H2O, Kind.CACHE_POLICY, {**CACHE, "supports": CHUNKS, "example": SMALL}, "a prompt in 3 chunks and whole"),
     (6, H2O, Kind.CACHE_POLICY, {**CACHE, "exact_when": "never", "exact": lambda n: SMALL}, "at full budget"),
     (6, H2O, Kind.CACHE_POLICY, {**CACHE, "ladder": lambda n: (LARGE, SMALL)}, "error grows"),
     (7, KeepsByBatch, Kind.CACHE_POLICY, CACHE, "a sequence alone"),
@@ -421,6 +434,25 @@ def test_a_recipe_of_another_model_that_is_accepted_fails_law_14(monkeypatch: py
     monkeypatch.setattr("saccade.plug.apply", plug.apply, raising=False)
     verdict = run_law(LAWS[13], card)
     assert (verdict.status, verdict.detail) == ("failed", "a recipe for another model was accepted")
+
+
+@pytest.mark.parametrize(
+    ("target", "facts", "words"),
+    [
+        (H2O, {"exact_when": "never", "exact": lambda n: SMALL, "example": SMALL}, "full budget and of dense"),
+        (KeepsByBatch, {}, "in a padded batch and alone"),
+    ],
+)
+def test_broken_cache_policies_fail_law_14(
+    target: type, facts: dict, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("saccade.plug.transformers")
+    monkeypatch.setattr(target, "card", None, raising=False)
+    card = card_of(target, Kind.CACHE_POLICY, **{**CACHE, **facts})
+    monkeypatch.setitem(registry._CARDS, "broken", card)
+    verdict = run_law(LAWS[13], card)
+    assert verdict.status == "failed", verdict
+    assert words in verdict.detail
 
 
 def test_wrong_log_sums_fail_law_15(monkeypatch: pytest.MonkeyPatch) -> None:

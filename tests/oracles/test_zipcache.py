@@ -115,6 +115,20 @@ def test_by_hand() -> None:
     torch.testing.assert_close(out.flatten(), v[0, 0, 0], rtol=0, atol=0.01)
 
 
+def test_probes_of_a_prompt_and_of_a_block() -> None:
+    """In a prompt those from `int(0.95 n)` on, as in the authors' code; while decoding the last 5 of a block of 100."""
+    q, k, v = inputs(1, 1, 1, 50)
+    policy = ZipCache(random_probes=0.0)
+    store = policy.store()
+    store.append(k, v)
+    assert policy._probes(q, store).nonzero()[:, 1].tolist() == [47, 48, 49]
+    probes = []
+    for length in range(51, 101):
+        store.append(k[:, :, :1], v[:, :, :1])
+        probes += [length] * int(policy._probes(q[:, :, :1], store).sum())
+    assert probes == [96, 97, 98, 99, 100]
+
+
 def test_bytes_fall() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 400, 64).to(torch.bfloat16)

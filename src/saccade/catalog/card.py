@@ -21,6 +21,7 @@ CAPABILITIES = {
     "lse": "returning the log-sum-exp, so that partial results merge",
     "segments": "packed sequences and padding",
     "streaming": "the same output whole, in chunks and step by step",
+    "chunks": "a prompt in chunks leaves a cache as one fed whole does, though decoding differs from both",
 }
 """What a mechanism may support; a law that needs a missing one is skipped with that reason."""
 

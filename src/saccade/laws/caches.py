@@ -21,6 +21,7 @@ from saccade.laws.base import (
     expect_refusal,
     poisoned_empty,
 )  # fmt: skip
+from saccade.laws.caches_padded import in_a_model, padding
 from saccade.laws.numeric import SLACK, expect_within_twice, reversed_heads, unreversed
 from saccade.laws.settings import refuse_settings
 from saccade.laws.subjects import Subject
@@ -92,13 +93,25 @@ def causality(subject: Subject) -> str:
 
 
 def one_answer(subject: Subject) -> str:
-    """5. Whole = in chunks = step by step."""
+    """5. Whole = in chunks = step by step; where only steps select, or pack, a prompt in chunks = fed whole."""
+    if "chunks" in subject.card.supports:
+        return _prompt_in_chunks(subject)
     subject.require("streaming")
     problem = problem_of(subject)
     whole = drive(subject, problem, (sum(WHOLE),)).out
     for sizes in (WHOLE, (1, 30, 2, 31), [1] * sum(WHOLE)):
         expect_close(drive(subject, problem, sizes).out, whole, f"in {len(sizes)} pieces and whole")
     return "chunks and steps"
+
+
+def _prompt_in_chunks(subject: Subject) -> str:
+    problem, steps = problem_of(subject), [1] * STEPS
+    whole = drive(subject, problem).out
+    for chunks in ((17, 2, PROMPT - 19), (PROMPT - 2, 2), [2] * (PROMPT // 2)):
+        expect_close(
+            drive(subject, problem, (*chunks, *steps)).out, whole, f"a prompt in {len(chunks)} chunks and whole"
+        )
+    return "a prompt in chunks and fed whole, and the steps after it"
 
 
 def budgets(subject: Subject) -> str:
@@ -213,15 +226,13 @@ def effects(subject: Subject) -> str:
 
 
 CHECKS = {
-    1: agreement, 4: causality, 5: one_answer, 6: budgets, 7: independence, 9: everything_written, 10: refusals,
-    12: determinism, 13: complexity,
+    1: agreement, 3: padding, 4: causality, 5: one_answer, 6: budgets, 7: independence, 9: everything_written,
+    10: refusals, 12: determinism, 13: complexity, 14: in_a_model,
 }  # fmt: skip
 
 REASONS = {
     2: "a cache serves inference: the card lists no gradients",
-    3: "padding is not stored: padded batches are judged in tests/mechanisms/cache and tests/plug",
     8: "its offsets are those of the engines, which tests/laws/test_engines.py covers",
     11: "a cache changes its shape with every token and holds state: it runs around compiled engines",
-    14: "a policy governs a model through PagedCache, which changes nothing in it; its recipes: tests/plug",
     15: "not defined over shards of a sequence",
 }

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 
-def tiny_llama(*, hidden: int = 32, device: str = "cpu") -> Any:
-    """A two-layer random Llama with 4 query and 2 key/value heads."""
+def tiny_llama(*, hidden: int = 32, device: str = "cpu", spread: float | None = None) -> Any:
+    """A two-layer random Llama with 4 query and 2 key/value heads; weights normal with deviation `spread`, if given."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.random.fork_rng(devices=[]):
@@ -17,4 +17,8 @@ def tiny_llama(*, hidden: int = 32, device: str = "cpu") -> Any:
             vocab_size=64, hidden_size=hidden, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=512,
         )  # fmt: skip
-        return LlamaForCausalLM(config).to(device).eval()
+        model = LlamaForCausalLM(config)
+        if spread is not None:
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=spread)
+        return model.to(device).eval()

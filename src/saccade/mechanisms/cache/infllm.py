@@ -36,7 +36,7 @@ BLOCKS = "representatives"
     year=2024,
     code="thunlp/InfLLM",
     patterns=frozenset({Pattern.CAUSAL_SELF}),
-    supports=frozenset({"gqa"}),
+    supports=frozenset({"chunks", "gqa"}),
     training_free=True,
     exact_when="blocks * block >= N",
     complexity="N",

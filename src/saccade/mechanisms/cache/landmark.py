@@ -25,7 +25,7 @@ from saccade.types import Kind, Pattern
     year=2023,
     code="epfml/landmark-attention",
     patterns=frozenset({Pattern.CAUSAL_SELF}),
-    supports=frozenset({"gqa"}),
+    supports=frozenset({"chunks", "gqa"}),
     training_free=False,
     exact_when="block > N",
     complexity="N",

@@ -35,7 +35,7 @@ from saccade.types import Kind, Pattern
     year=2024,
     code="Infini-AI-Lab/MagicPIG",
     patterns=frozenset({Pattern.CAUSAL_SELF}),
-    supports=frozenset({"gqa"}),
+    supports=frozenset({"chunks", "gqa"}),
     training_free=True,
     exact_when="bits = 0, tables >= 2",
     complexity="N",

@@ -26,7 +26,7 @@ LIST = "recycled"
     year=2024,
     code="carriex/recycled-attention",
     patterns=frozenset({Pattern.CAUSAL_SELF}),
-    supports=frozenset({"gqa"}),
+    supports=frozenset({"chunks", "gqa"}),
     training_free=True,
     exact_when="tokens >= N",
     complexity="N",

@@ -37,7 +37,8 @@ BLOCK = 64
         ),
         (
             "Prefill reads sinks and window too, where the authors' code prefills densely, so that a prompt gives the "
-            "same output whole, in chunks and token by token."
+            "same output whole, in chunks and token by token. Calls with several tokens take sequences of one length; "
+            "a `PagedCache` prefills by its recipe and takes padded ones."
         ),
     ),
     example={"sinks": 3, "recent": 13},

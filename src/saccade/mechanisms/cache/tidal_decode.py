@@ -23,7 +23,7 @@ from saccade.types import Kind, Pattern, TokenIndex
     year=2024,
     code="DerrickYLJ/TidalDecode",
     patterns=frozenset({Pattern.CAUSAL_SELF}),
-    supports=frozenset({"gqa"}),
+    supports=frozenset({"chunks", "gqa"}),
     training_free=True,
     exact_when="tokens >= N",
     complexity="N",

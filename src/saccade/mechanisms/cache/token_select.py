@@ -29,7 +29,7 @@ from saccade.types import Kind, Pattern, TokenIndex
     year=2024,
     code="pzs19/TokenSelect",
     patterns=frozenset({Pattern.CAUSAL_SELF}),
-    supports=frozenset({"gqa"}),
+    supports=frozenset({"chunks", "gqa"}),
     training_free=True,
     exact_when="sinks + tokens + local >= N",
     complexity="N",
@@ -38,6 +38,10 @@ from saccade.types import Kind, Pattern, TokenIndex
         (
             "Prefill is dense; the authors also select for each chunk of a prompt, by its mean query, and renumber "
             "positions to reach past the trained length."
+        ),
+        (
+            "Query head h scores the keys of head h // (H / G), those it attends to; the authors' kernel scores those "
+            "of head h mod G."
         ),
         ("A choice that was kept is lost, and made anew, where slots move: after eviction, and in forks and beams."),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,7 +41,15 @@ from saccade.types import Kind, Pattern
         ),
         (
             "Saliency divides by the number of probes that see a token, as the paper does; the authors' code divides "
-            "a prompt's by the number of all queries that do, and while decoding has one probe in a block, undivided."
+            "a prompt's by the number of all queries that do."
+        ),
+        (
+            "While decoding, a block has recent and random probes as a prompt has. The authors' code has one, the "
+            "token that completes the block: so it is here with both shares 0."
+        ),
+        (
+            "The salient are a set share of a block, as in the authors' LLaMA; their Mistral takes as many of a prompt "
+            "as hold 95 % of its attention, and a packed block would no longer have one size."
         ),
         "Random probes are drawn by a hash of their position, so that a run can be repeated.",
         (
@@ -130,7 +139,7 @@ class ZipCache(CachePolicy):
             last = store.lengths[:, :1] > self.block - self.recent_probes * self.block
             last = last | (store.lengths[:, :1] == self.block)
         else:
-            last = torch.arange(queries, device=q.device) >= queries - max(1, int(self.recent_probes * queries))
+            last = torch.arange(queries, device=q.device) >= queries - max(1, math.ceil(self.recent_probes * queries))
         drawn = (place * 2654435761 + 12345) % 2**32 // 2**8 % 10**4 < self.random_probes * 10**4
         return (last | drawn) & (place >= 0)
 
