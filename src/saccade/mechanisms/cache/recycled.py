@@ -9,10 +9,10 @@ from torch import Tensor
 
 from saccade.catalog import register
 from saccade.mechanisms.base import require
-from saccade.mechanisms.cache._derived import Derived, between, key_nbytes, listed, recall, scores
+from saccade.mechanisms.cache._derived import Derived, between, key_nbytes, listed, recall
 from saccade.mechanisms.cache.base import CachePolicy, Step
+from saccade.mechanisms.cache.reading import score_stored
 from saccade.mechanisms.cache.store import KVStore
-from saccade.ops.checks import resolve_scale
 from saccade.types import Kind, Pattern, TokenIndex
 
 LIST = "recycled"
@@ -110,11 +110,9 @@ class Recycled(CachePolicy):
     def ranked(self, q: Tensor, store: KVStore, step: Step) -> Tensor:
         """Slots by the weight that the last query gives them, the greatest first, `[B, G, min(tokens, n)]`; -1 past."""
         step.choosing += int(store.lengths.sum()) * key_nbytes(store)
-        keys = store.keys
-        weights = scores(q[:, :, -1:], keys) * resolve_scale(step.scale, q.shape[3])
-        hidden = ~store.present
-        weights = weights.unflatten(1, (keys.shape[1], -1)).masked_fill(hidden[:, :, None], -torch.inf)
-        received = weights.softmax(-1).amax(2).masked_fill(hidden, -torch.inf)
+        weights = score_stored(q[:, :, -1:], store, scale=step.scale).softmax(-1)
+        received = weights[:, :, 0].unflatten(1, (store.lengths.shape[1], -1)).amax(2)
+        received = received.masked_fill(~store.present, -torch.inf)
         highest, order = received.topk(min(self.tokens, len(store)), dim=-1)
         return order.masked_fill(highest == -torch.inf, -1)
 
