@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saccade.mechanisms.cache import base
+from saccade.mechanisms.cache import weights
 from saccade.mechanisms.cache.attention import CachedAttention
 from saccade.mechanisms.cache.base import (
     CachePolicy,
@@ -80,7 +80,7 @@ def test_received_attention_is_the_column_sum_in_any_chunks(monkeypatch: pytest.
     store.append(k, k)
     step = Step(lse=scores.logsumexp(-1))
     for limit in (2**22, 150, 1):
-        monkeypatch.setattr(base, "SCORE_ELEMENTS", limit)
+        monkeypatch.setattr(weights, "SCORE_ELEMENTS", limit)
         torch.testing.assert_close(received_attention(q, store, step), expected, rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="step.lse=None: expected the log-sum-exp"):
         received_attention(q, store, Step())
