@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from saccade.catalog import Card, cards, get, register, search
+from saccade.mechanisms.cache.tiers import Disk, Host
 from saccade.mechanisms.compose import Attention
 from saccade.ops import attend, block_attend, decode_attend, gather_attend, long_conv, merge, recording, scan
 from saccade.types import AttentionOutput, BlockLayout, Geometry, Kind, KVPages, Pattern, TokenIndex
@@ -32,9 +33,10 @@ _LATER = {
 }
 
 __all__ = [
-    "Attention", "AttentionOutput", "BlockLayout", "Card", "Geometry", "KVPages", "Kind", "PagedCache", "Pattern",
-    "Recipe", "TokenIndex", "apply", "attend", "block_attend", "cards", "compare", "decode_attend", "explain",
-    "gather_attend", "get", "long_conv", "merge", "recording", "register", "scan", "search", "tune", "verify",
+    "Attention", "AttentionOutput", "BlockLayout", "Card", "Disk", "Geometry", "Host", "KVPages", "Kind",
+    "PagedCache", "Pattern", "Recipe", "TokenIndex", "apply", "attend", "block_attend", "cards", "compare",
+    "decode_attend", "explain", "gather_attend", "get", "long_conv", "merge", "recording", "register", "scan",
+    "search", "tune", "verify",
 ]  # fmt: skip
 
 

@@ -10,14 +10,19 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from saccade.mechanisms.cache.attention import make_store
 from saccade.mechanisms.cache.base import CachePolicy, Step
 from saccade.mechanisms.cache.files import CacheFileError, load_stores, save_stores
+from saccade.mechanisms.cache.store import KVStore
+from saccade.mechanisms.cache.tiered import TieredStore, fetch_ahead, report
+from saccade.mechanisms.cache.tiers import Tier
 from saccade.plug.cache_recipe import in_words
 from saccade.plug.fingerprint import fingerprint
 from saccade.plug.layers import attention_layers
@@ -34,18 +39,21 @@ class PagedLayer(CacheLayerMixin):
         policy: What is kept, read and stored.
         number: Which layer, from 0.
         step: What all layers share.
+        tier: Where pages live that are not read, None for memory.
 
     Attributes:
         store: The layer's `KVStore`.
         length: Places so far, padding and what was evicted included: what masks count.
+        pending: How many of them are of a call that has not ended.
     """
 
     is_compileable = False
     is_sliding = False
 
-    def __init__(self, policy: CachePolicy, number: int, step: Step) -> None:
+    def __init__(self, policy: CachePolicy, number: int, step: Step, tier: Tier | None = None) -> None:
         super().__init__()
         self.policy = policy
+        self.tier = tier
         self.number = number
         self.step = step
         self.reset()
@@ -57,8 +65,8 @@ class PagedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.store = self.policy.store()
-        self.length = 0
+        self.store = make_store(self.policy, self.tier)
+        self.length = self.pending = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the store lays itself out when the first tokens come."""
@@ -93,6 +101,7 @@ class PagedLayer(CacheLayerMixin):
             )
         self.store.crop(count)
         self.length -= min(count, self.length)
+        self.pending = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Entries in another order; what beams share stays shared."""
@@ -117,15 +126,22 @@ class PagedCache(Cache):
     the prompt and after each token what `keep` leaves out is evicted and its memory freed. Layers with a sliding window
     of their own keep exactly that. Padding is not stored.
 
+    With a tier, what steps do not read lives on a disk (or an accelerator's host), within bounded memory:
+
+        cache = saccade.PagedCache(model, Quest(tokens=1024), tier=Disk("/scratch", resident=0.25))
+
+    Where a step fails midway, the next call takes its tokens back first, so that it can be repeated.
+
     Args:
         model: With a recipe applied, so that Saccade's attention runs in all its layers.
         policy: For all layers, or one per layer.
+        tier: Where pages live that are not read; None for memory.
 
     Raises:
-        ValueError: If no recipe is applied to the model, or there are not as many policies as layers.
+        ValueError: If no recipe is applied to the model, there are not as many policies as layers, or one has no tier.
     """
 
-    def __init__(self, model: nn.Module, policy: CachePolicy | Sequence[CachePolicy]) -> None:
+    def __init__(self, model: nn.Module, policy: CachePolicy | Sequence[CachePolicy], tier: Tier | None = None) -> None:
         config = getattr(model, "config", None)
         modules = [m for m in attention_layers(model).values() if getattr(m, "layer_idx", None) is not None]
         if config is None or not modules:
@@ -138,18 +154,28 @@ class PagedCache(Cache):
         if len(policies) != count or not all(isinstance(item, CachePolicy) for item in policies):
             raise ValueError(f"policy={policy!r}: expected a CachePolicy, or one for each of {count} layers")
         self.step = Step(layers=count)
-        super().__init__(layers=[PagedLayer(item, number, self.step) for number, item in enumerate(policies)])
+        self.tier = tier
+        super().__init__(layers=[PagedLayer(item, number, self.step, tier) for number, item in enumerate(policies)])
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the cache holds."""
         return sum(layer.store.nbytes for layer in self.layers)
 
+    @property
+    def away_nbytes(self) -> int:
+        """Bytes of keys and values that are in the tier only."""
+        return sum(layer.store.away_nbytes for layer in self.layers if isinstance(layer.store, TieredStore))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """Places that all layers are done with."""
+        return min(layer.length - layer.pending for layer in self.layers)
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """See `PagedLayer.update`; refused where another attention than Saccade's would get the tokens."""
         self._check_applied()
         if layer_idx == 0:
-            self.step.picked = None
+            self._begin()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -173,7 +199,8 @@ class PagedCache(Cache):
         Raises:
             CacheFileError: If it is no such file, or a damaged one; the cache is as before.
         """
-        stores, about = load_stores(path, next(self._modules[0].parameters()).device)
+        tier, device = self.tier, next(self._modules[0].parameters()).device
+        stores, about = load_stores(path, device, KVStore if tier is None else partial(TieredStore, tier))
         wanted = [layer.policy.store() for layer in self.layers]
         if not isinstance(about, dict) or about.get("model") != asdict(fingerprint(self._model)):
             raise CacheFileError(f"path={str(path)!r}: a cache of another model, expected one of this")
@@ -188,6 +215,19 @@ class PagedCache(Cache):
                 )
         for layer, store, length in zip(self.layers, stores, lengths, strict=True):
             layer.store, layer.length = store, int(length)
+
+    def _begin(self) -> None:
+        """Before a step: nothing is left of one that failed midway, tiers say what troubles them."""
+        self.step.picked = None
+        shortest = self.get_seq_length()
+        for layer in self.layers:
+            if layer.length > shortest == 0:
+                layer.reset()
+            layer.crop(shortest - layer.length)
+        if self.tier is not None:
+            stores = [layer.store for layer in self.layers]
+            fetch_ahead(stores)
+            report(stores)
 
     def _check_applied(self) -> None:
         if not all(STATE in module.__dict__ for module in self._modules):

@@ -48,7 +48,7 @@ def attend_cached(
     _refuse_mechanism(routes, policy, prompt)
     step.layer, step.scale, step.lse = layer.number, extras.scale, None
     store.append(k, v, _present(reading, queries))
-    layer.length += queries
+    layer.length, layer.pending = layer.length + queries, queries
     if prompt and governed and policy.needs_lse:
         out, step.lse = _dense(q, k, v, reading, extras)
     elif prompt:
@@ -65,6 +65,7 @@ def attend_cached(
         evict_after(policy, q, store, step)
     else:
         _slide(store, window)
+    layer.pending = 0
     return out
 
 

@@ -18,6 +18,9 @@ GROWTH = 8
 STRETCH = 16 * 2**20
 """Bytes that are moved at a time when an arena outgrows its reservation, each stretch freed before the next."""
 
+COUNTED = mmap.PAGESIZE
+"""`users` has a multiple of so many places, which end where a page of the system does."""
+
 
 class Arena:
     """Pages of raw memory; page p is row p of `bytes`. Tables name pages, and a page lives while one names it.
@@ -32,7 +35,7 @@ class Arena:
 
     Attributes:
         bytes: uint8 `[capacity, page_nbytes]`; another tensor after `take` has outgrown it.
-        users: int64 `[capacity]` on the host: how often tables name each page.
+        users: int64 on the host: how often tables name each page; pages past its end were never used.
         shared: How many times a page is named beyond its first.
     """
 
@@ -71,6 +74,9 @@ class Arena:
         fresh = max(0, count - len(self._free))
         if self._high + fresh > len(self.bytes):
             self._grow(self._high + fresh)
+        if self._high + fresh > len(self.users):
+            room = -(-max(self._high + fresh, 2 * len(self.users)) // COUNTED) * COUNTED
+            self.users = torch.nn.functional.pad(self.users, (0, room - len(self.users)))
         recycled = self._free[len(self._free) - (count - fresh) :]
         del self._free[len(self._free) - len(recycled) :]
         pages = torch.tensor([*recycled, *range(self._high, self._high + fresh)], dtype=torch.int64)
@@ -97,7 +103,7 @@ class Arena:
     def _grow(self, pages: int) -> None:
         """Reserve room for at least so many pages and move what is in use there, amortised O(1) per page."""
         old, old_map = self.bytes, self._map
-        fresh, self._map, capacity = _memory(pages, self.page_nbytes, len(old), self.device)
+        fresh, self._map = _memory(pages, self.page_nbytes, len(old), self.device)
         stretch = max(1, STRETCH // self.page_nbytes)
         for start in range(0, self._high, stretch):
             used = self.users[start : start + stretch].nonzero().flatten().to(self.device) + start
@@ -105,11 +111,10 @@ class Arena:
             if old_map is not None:
                 _release(old_map, start * self.page_nbytes, min(start + stretch, self._high) * self.page_nbytes)
         self.bytes = fresh
-        self.users = torch.nn.functional.pad(self.users, (0, capacity - len(self.users)))
 
 
-def _memory(pages: int, page_nbytes: int, before: int, device: torch.device) -> tuple[Tensor, mmap.mmap | None, int]:
-    """Room for `pages` pages or more, its mapping where memory can be given back, and how many pages it has."""
+def _memory(pages: int, page_nbytes: int, before: int, device: torch.device) -> tuple[Tensor, mmap.mmap | None]:
+    """Room for `pages` pages or more, and its mapping where memory can be given back."""
     if device.type == "cpu" and sys.platform == "linux":
         capacity = max(RESERVED // page_nbytes, GROWTH * before, pages)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -118,10 +123,10 @@ def _memory(pages: int, page_nbytes: int, before: int, device: torch.device) -> 
                 mapping = mmap.mmap(-1, room * page_nbytes, flags=flags)
             except (OSError, ValueError):
                 continue
-            return torch.frombuffer(mapping, dtype=torch.uint8).resize_(room, page_nbytes), mapping, room
+            return torch.frombuffer(mapping, dtype=torch.uint8).resize_(room, page_nbytes), mapping
     room = max(pages, before + before // 2)
     try:
-        return torch.empty(room, page_nbytes, dtype=torch.uint8, device=device), None, room
+        return torch.empty(room, page_nbytes, dtype=torch.uint8, device=device), None
     except RuntimeError as error:
         raise MemoryError(f"no memory for {room * page_nbytes:,} bytes of keys and values: {error}") from error
 

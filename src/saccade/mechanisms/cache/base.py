@@ -14,6 +14,7 @@ from saccade.mechanisms.base import require
 from saccade.mechanisms.cache.reading import WeightedSlots, attend_stored, attend_weighted
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.store import KVStore
+from saccade.mechanisms.cache.tiered import report
 from saccade.mechanisms.cache.weights import best, received_attention
 from saccade.ops import attend, block_attend, gather_attend
 from saccade.ops.checks import check_qkv
@@ -191,11 +192,14 @@ def decode_step(
 
     Raises:
         ValueError: If shapes do not fit each other or the store, or q and k have different numbers of tokens.
+        TierError: If pages could not be written to the store's tier in an earlier call, once; nothing has changed and
+            nothing is lost. If some cannot be read back.
     """
     check_qkv(q, k, v)
     require(q.shape[2] == k.shape[2], "q", tuple(q.shape), f"as many tokens as k, {k.shape[2]}")
     step = Step() if step is None else step
     step.scale, step.choosing, first = scale, 0, store.empty
+    report([store])
     store.append(k, v, present)
     chosen = policy.read(q.detach(), store, step)
     _refuse_partial_attention(policy, chosen is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from saccade.mechanisms.cache.store import KVStore
 
 VERSION = "1"
 FORMAT = "saccade-cache"
+Make = Callable[[Storage, Sequence[str]], KVStore]
 
 
 class CacheFileError(ValueError):
@@ -47,7 +48,7 @@ def save_stores(path: str | os.PathLike[str], stores: Sequence[KVStore], about: 
         layers.append({"empty": store.empty, "storage": form, "stats": store.stats, "ordered": store.ordered,
                        "dtype": _name(store.dtype), "dims": store.dims})  # fmt: skip
         if not store.empty:
-            parts = {name: part[store.table.grid()] for name, part in store.table.parts.items()}
+            parts = {name: store.table.whole(name) for name in store.table.layout.parts}
             parts |= {"lengths": store.lengths, "seen": store.seen}
             if store.channels is not None:
                 parts |= dict(zip(("key_channels", "value_channels"), store.channels, strict=True))
@@ -65,12 +66,15 @@ def save_stores(path: str | os.PathLike[str], stores: Sequence[KVStore], about: 
         raise OSError(f"path={str(path)!r}: cannot be written: {error}") from error
 
 
-def load_stores(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> tuple[list[KVStore], Any]:
+def load_stores(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", make: Make = KVStore
+) -> tuple[list[KVStore], Any]:
     """Read what `save_stores` wrote.
 
     Args:
         path: The file.
         device: Where the stores shall lie.
+        make: Builds an empty store of a `Storage` and names of stats.
 
     Returns:
         The stores and `about`.
@@ -85,7 +89,7 @@ def load_stores(path: str | os.PathLike[str], device: str | torch.device = "cpu"
             header = _checked(file.metadata() or {}, path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
         layers, about = json.loads(header["layers"]), json.loads(header["about"])
-        return [_store(layer, f"{number}.", tensors) for number, layer in enumerate(layers)], about
+        return [_store(layer, f"{number}.", tensors, make) for number, layer in enumerate(layers)], about
     except CacheFileError:
         raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -98,10 +102,10 @@ def _checked(header: dict[str, str], path: object) -> dict[str, str]:
     return header
 
 
-def _store(layer: dict[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> KVStore:
+def _store(layer: dict[str, Any], prefix: str, tensors: Mapping[str, Tensor], make: Make) -> KVStore:
     """One store, from tensors of the shapes and dtypes that its description asks for."""
     storage = Storage(**(layer["storage"] | {"dtype": _dtype(layer["storage"]["dtype"])}))
-    store = KVStore(storage, layer["stats"])
+    store = make(storage, layer["stats"])
     if layer["empty"]:
         return store
     mine = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

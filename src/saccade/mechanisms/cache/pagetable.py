@@ -165,11 +165,15 @@ class PageTable:
 
     def select(self, rows: Tensor) -> PageTable:
         """A table of these batch entries, int64 `[n]`, repeats allowed; pages are shared until written to."""
-        other = PageTable(self.arena, self.layout, 0, 0)
+        other = self._empty()
         other.table, other.lengths = self.table[rows], self.lengths[rows]
         used = torch.arange(other.table.shape[2], device=rows.device) < self._pages(other.lengths)[..., None]
         self.arena.share(other.table[used])
         return other
+
+    def _empty(self) -> PageTable:
+        """A table without rows that shares the memory."""
+        return PageTable(self.arena, self.layout, 0, 0)
 
     def _used(self) -> Tensor:
         """Which entries of the table hold tokens, bool `[B, G, T]` with T those of the longest head."""
@@ -196,9 +200,13 @@ class PageTable:
         shared = (self.arena.users[pages.cpu()] > 1).to(pages.device)
         old = pages[shared]
         pages[shared] = self.arena.take(len(old)).to(pages.device)
-        self.arena.bytes[pages[shared]] = self.arena.bytes[old]
+        self._copy(old, pages[shared])
         self.arena.give_back(old)
         self.table[entries] = pages
+
+    def _copy(self, old: Tensor, new: Tensor) -> None:
+        """Make pages `new` of what is on pages `old`."""
+        self.arena.bytes[new] = self.arena.bytes[old]
 
     def _pages(self, lengths: Tensor) -> Tensor:
         """Pages that so many tokens need."""

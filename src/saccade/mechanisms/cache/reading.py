@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saccade.mechanisms.cache._packed import PackedStore, attend_tiers
 from saccade.mechanisms.cache.store import KVStore
+from saccade.mechanisms.cache.tiered import TieredStore, attend_tiered
 from saccade.ops import decode_attend, decode_scores
 from saccade.ops.checks import accumulation_dtype, resolve_scale
 from saccade.types import AttentionOutput, KVPages
@@ -44,16 +45,18 @@ def attend_stored(
     """
     dtype, channels, query = q.dtype, store.channels, q
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    if store.storage.bits == 2:
+    cache = None
+    if store.storage.bits == 2 or (isinstance(store, TieredStore) and (q.shape[2] > 1 or window is not None)):
         cache, channels = KVPages.from_dense(store.keys, store.values, lengths=store.lengths), None
-    else:
-        cache = store.pages()
     if channels is not None:
         q = _per_head(q, channels[0])
-    q = q if cache.bits is not None else q.to(cache.k.dtype)
-    out, lse = decode_attend(
-        q, cache, slots=slots, window=window, softcap=softcap, scale=scale, return_lse=True, impl=impl
-    )
+    options: dict[str, Any] = {"slots": slots, "softcap": softcap, "scale": scale, "impl": impl}
+    if isinstance(store, TieredStore) and cache is None:
+        out, lse = attend_tiered(q, store, **options)
+    else:
+        cache = store.pages() if cache is None else cache
+        q = q if cache.bits is not None else q.to(cache.k.dtype)
+        out, lse = decode_attend(q, cache, window=window, return_lse=True, **options)
     out = out if channels is None else _per_head(out, channels[1])
     result = AttentionOutput(out.to(dtype), lse)
     if isinstance(store, PackedStore) and store.tokens > int(store.lengths.sum()):
@@ -76,8 +79,9 @@ def score_stored(q: Tensor, store: KVStore, *, scale: float | None = None, impl:
         `[B, H, M, n]` in fp32 (fp64 for fp64); -inf past a head's length and for what comes after the query.
     """
     scale = resolve_scale(scale, q.shape[3])
-    if store.storage.bits == 2:
-        cache = KVPages.from_dense(store.keys, store.values, lengths=store.lengths)
+    if store.storage.bits == 2 or isinstance(store, TieredStore):
+        keys = store.keys
+        cache = KVPages.from_dense(keys, keys, lengths=store.lengths)
     else:
         cache = store.pages()
         q = q if store.channels is None else _per_head(q, store.channels[0])
