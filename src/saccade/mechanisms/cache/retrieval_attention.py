@@ -86,7 +86,7 @@ class RetrievalAttention(StepSelection):
     samples: int = 2048
     degree: int = 32
     links: int = 2
-    expand: int = 4
+    expand: int = 16
     dense_layers: int = 0
 
     def __post_init__(self) -> None:
