@@ -1,8 +1,9 @@
-"""Measuring caches: rows come from the registry, quality at full budget is dense's, on tiny models."""
+"""Measuring caches: rows come from the registry, one prompt serves all as its own would, full budget is dense's."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,48 +12,102 @@ import torch
 pytest.importorskip("transformers")
 
 from saccade.bench import cache_speed
-from saccade.bench.cache import COLUMNS, bench_cache
-from saccade.bench.cache_quality import forced, make_material, measure_quality, recall
-from saccade.bench.cache_rows import candidates, matching, shares_of
+from saccade.bench.cache import COLUMNS, PARTS, bench_cache
+from saccade.bench.cache_prompt import Counted, distinct, read_prompt
+from saccade.bench.cache_quality import forced, make_material, recall_quality, text_quality
+from saccade.bench.cache_rows import BUDGETS, candidates, composed, matching
 from saccade.bench.cache_speed import bench_decode
 from saccade.catalog import cards
-from saccade.mechanisms.cache.base import Everything, compose
+from saccade.mechanisms.cache.base import Everything, compose, decode_step
+from saccade.mechanisms.cache.h2o import H2O
+from saccade.mechanisms.cache.quest import Quest
+from saccade.mechanisms.cache.reading import WeightedSlots
 from saccade.mechanisms.cache.sink_recent import SinkRecent
+from saccade.mechanisms.cache.snapkv import SnapKV
 from saccade.mechanisms.cache.storage import Storage
-from saccade.models.ruler import recall_tasks
+from saccade.mechanisms.cache.zipcache import ZipCache
 from saccade.plug import PagedCache, Recipe, apply
 from saccade.plug.cache import cache_bytes
-from saccade.types import Kind
+from saccade.types import Kind, TokenIndex
 
 
 def test_rows_come_from_the_registry() -> None:
-    found, left_out = candidates(2048, 2, only=["h2o", "sink_recent", "tidal_decode"])
-    assert [(one.name, one.budget) for one in found if one.name == "h2o"] == [("h2o", b) for b in (0.5, 0.25, 0.1)]
-    for one in found:
-        assert one.shares.of(one.effects) == pytest.approx(one.budget, rel=0.45)
-    assert all(name.split(" at ")[0] in {card.name for card in cards()} for name in left_out)
-    assert set(matching("h2o|recent")) >= {"h2o", "sink_recent"}
-    assert set(matching(".")) == {card.name for card in cards() if card.kind is Kind.CACHE_POLICY}
-    assert matching(None) is None
+    found, left_out = candidates(2048, 30)
+    policies = {card.name for card in cards() if card.kind is Kind.CACHE_POLICY}
+    assert {one.name for one in found} | {name.split(" at ")[0] for name in left_out} == policies
+    assert [one.budget for one in found if one.name == "h2o"] == list(BUDGETS)
+    assert "kivi at 10%" in left_out
+    assert not any(one.name == "tidal_decode" for one in candidates(2048, 1)[0])
+    evicting = {one.name for one in found if one.effects == {"evicting"}}
+    assert {one.name for one in composed(2048, 30)} >= {f"{name} + 8 bits" for name in evicting} | {"4 bits"}
 
 
-def test_shares_are_measured() -> None:
-    assert shares_of(Everything(), 128, 2).held == 1.0
-    assert shares_of(SinkRecent(0, 32), 128, 2).held == pytest.approx(1 / 3)  # of three pages
-    assert shares_of(compose(store=Storage(bits=8)), 128, 1).held < 0.35
+def test_rows_by_name() -> None:
+    rows = candidates(512, 2, (0.25,))[0]
+    assert [one.label for one in matching(rows, "^h2o|sink_recent")] == ["h2o at 25%", "sink_recent at 25%"]
+    assert matching(rows, None) == rows
+    with pytest.raises(ValueError, match="only='h20': expected a part of one of adakv at 25%"):
+        matching(rows, "h20")
+    for budget in (0.0, 1.0, 1.5):
+        with pytest.raises(ValueError, match=f"budget={budget}: expected a part of the bytes"):
+            candidates(256, 2, [budget])
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "policy",
     [
-        ({"budgets": [0.0]}, "budget=0.0: expected a part of the bytes"),
-        ({"budgets": [1.5]}, "budget=1.5: expected a part of the bytes"),
-        ({"only": ["h20"]}, "only='h20': expected some of "),
+        Everything(),
+        SinkRecent(4, 100),
+        H2O(heavy=64, recent=64),
+        SnapKV(tokens=128, window=16),
+        ZipCache(block=64),
+        Quest(tokens=64, page=16, dense_layers=1),
+        compose(keep=H2O(heavy=64, recent=64), store=Storage(bits=8)),
     ],
+    ids=repr,
 )
-def test_bad_candidates(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        candidates(256, 2, **options)
+def test_a_prompt_read_once_is_as_good_as_its_own(byte_model: tuple[Any, Any], policy: Any) -> None:
+    model, tokenizer = byte_model
+    windows = make_material(tokenizer, 330, steps=10, windows=2, tries=0).windows
+    with apply(model, Recipe.uniform(model, "dense")), torch.no_grad():
+        prompt = read_prompt(model, windows)
+        for tokens, batch in ((None, None), (300, 1)):
+            ids = windows[:batch, :tokens]
+            own, filled = PagedCache(model, policy), PagedCache(model, policy)
+            model(input_ids=ids, past_key_values=own)
+            prompt.fill(filled, tokens, batch)
+            assert filled.nbytes == own.nbytes
+            rest = windows[:batch, :5]
+            for token in rest.split(1, 1):
+                wanted, got = (model(input_ids=token, past_key_values=cache).logits for cache in (own, filled))
+                torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_shared_is_summed_once_and_rightly(byte_model: tuple[Any, Any]) -> None:
+    model, tokenizer = byte_model
+    windows = make_material(tokenizer, 260, steps=10, windows=1, tries=0).windows
+    with apply(model, Recipe.uniform(model, "dense")), torch.no_grad():
+        prompt = read_prompt(model, windows)
+        caches = [PagedCache(model, H2O(heavy=heavy, recent=32)) for heavy in (32, 64, 32)]
+        for cache in caches:
+            prompt.fill(cache)
+        first, other, again = ([layer.store.positions for layer in cache.layers] for cache in caches)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert all(set(a[0, 0].tolist()) < set(b[0, 0].tolist()) for a, b in zip(first, other, strict=True))
+        assert all(cache.step.known is None for cache in caches)
+
+
+def test_distinct_slots() -> None:
+    policy = Everything()
+    store = policy.store()
+    x = torch.randn(1, 2, 10, 4)
+    decode_step(policy, store, torch.randn(1, 4, 10, 4), x, x)
+    q = torch.randn(1, 4, 1, 4)
+    lists = torch.tensor([[0, 1, 2], [2, 1, -1], [5, 6, -1], [7, 8, 9]])[None]
+    assert distinct(None, q, store) == 20
+    assert distinct(TokenIndex(lists[:, :, None], 1, 10), q, store) == 3 + 5
+    assert distinct(TokenIndex(lists[:, :1, None], 1, 10), q, store) == 2 * 3
+    assert distinct(WeightedSlots(lists, torch.zeros(1, 4, 3)), q, store) == 8
 
 
 def test_everything_kept_is_as_good_as_dense(byte_model: tuple[Any, Any]) -> None:
@@ -60,63 +115,85 @@ def test_everything_kept_is_as_good_as_dense(byte_model: tuple[Any, Any]) -> Non
 
     model, tokenizer = byte_model
     material = make_material(tokenizer, 600, steps=4, windows=2, tries=1)
-    dense = measure_quality(model, DynamicCache, material, cache_bytes)
+    questions = material.questions
+    assert questions is not None
     with apply(model, Recipe.uniform(model, "dense")):
-        paged = measure_quality(model, lambda: PagedCache(model, Everything()), material, cache_bytes)
-    assert paged.perplexity == pytest.approx(dense.perplexity, rel=1e-4)
-    assert set(paged.found) == {"agnostic", "aware"}
-    assert paged.log_prob["aware"]["passkey"] == pytest.approx(dense.log_prob["aware"]["passkey"], rel=1e-4)
-    assert paged.log_prob["agnostic"]["multikey"] == pytest.approx(dense.log_prob["aware"]["multikey"], rel=1e-3)
+        text = read_prompt(model, material.windows[:, :-4])
+        asked = read_prompt(model, questions.ids[:, : -questions.answer])
+
+    def measured(counted: Counted | None) -> list[dict[str, Any]]:
+        caches = (DynamicCache() if counted is None else PagedCache(model, counted) for _ in range(3))
+        rows = [text_quality(model, next(caches), counted, text, material, cache_bytes)]
+        return rows + [
+            recall_quality(model, next(caches), counted, asked, questions, protocol, cache_bytes)
+            for protocol in ("agnostic", "aware")
+        ]
+
+    dense, agnostic, aware = measured(None)
+    with apply(model, Recipe.uniform(model, "dense")):
+        paged_rows = measured(Counted(Everything()))
+    assert paged_rows[0]["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-4)
+    assert paged_rows[0]["read"] == 1.0
+    assert dense["held"] == 1.0
+    assert agnostic["log_prob"] == pytest.approx(aware["log_prob"], rel=1e-3)
+    for got, wanted in zip(paged_rows[1:], (agnostic, aware), strict=True):
+        assert got["log_prob"] == pytest.approx(wanted["log_prob"], rel=1e-3)
+        assert got["found"] == wanted["found"]
 
 
 def test_forced_steps_say_what_one_forward_says(byte_model: tuple[Any, Any]) -> None:
     from transformers import DynamicCache
 
     model, tokenizer = byte_model
-    task = recall_tasks(tokenizer, 600, 1, names=["passkey"])[0]
+    ids = make_material(tokenizer, 60, steps=5, windows=2, tries=0).windows
     with torch.no_grad():
-        ids = torch.cat([task.context, task.question, task.answer], 1)
-        count = task.answer.shape[1]
-        table = model(ids).logits[0, -count - 1 : -1].log_softmax(-1)
-    expected = table.gather(1, task.answer[0][:, None])[:, 0]
-    for protocol in ("agnostic", "aware"):
-        run = recall(model, DynamicCache(), task, protocol, cache_bytes)
-        torch.testing.assert_close(run.log_probs, expected, rtol=1e-4, atol=1e-4)
-    run = forced(model, DynamicCache(), ids[:, :10], ids[:, 10:14], cache_bytes)
-    assert (len(run.log_probs), len(run.right), len(run.seconds)) == (4, 4, 3)
-    assert run.nbytes == 13 * 2 * 2 * 2 * 8 * 4
+        table = model(ids).logits[:, -6:-1].log_softmax(-1)
+        expected = table.gather(2, ids[:, -5:, None])[..., 0]
+        cache = DynamicCache()
+        logits = model(ids[:, :-5], past_key_values=cache).logits[:, -1]
+    log_probs, right = forced(model, cache, logits, ids[:, -5:])
+    torch.testing.assert_close(log_probs, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(right, table.argmax(-1) == ids[:, -5:])
 
 
-def test_the_table(byte_model: tuple[Any, Any]) -> None:
+def test_the_table(byte_model: tuple[Any, Any], tmp_path: Path) -> None:
     model, tokenizer = byte_model
-    result = bench_cache(
-        model, tokenizer, 640, steps=3, windows=1, tries=1, budgets=(0.25,), only=["h2o", "sink_recent"]
-    )  # fmt: skip
-    assert [row.name for row in result.table] == ["dense", "h2o", "sink_recent"]
-    dense, heavy, recent = result.table
-    assert dense.held == dense.ratio == 1.0
-    assert 0.2 < heavy.held < 0.4
-    assert 0.2 < recent.held < 0.4
+    notes, done = tmp_path / "notes.jsonl", list[str]()
+    sizes: dict[str, Any] = {"steps": 3, "windows": 1, "tries": 1, "rounds": 1, "budgets": (0.25,)}
+    sizes |= {"only": "^(h2o|quest) at", "notes": notes, "progress": done.append}
+    part = bench_cache(model, tokenizer, 640, parts=("text",), **sizes)
+    assert part.table[0].cells()[COLUMNS.index("passkey, aware")] == ""
+    assert len(notes.read_text().splitlines()) == 3
+    result = bench_cache(model, tokenizer, 640, **sizes)
+    assert sum(note.startswith("text: ") and "prompt" not in note for note in done) == 3  # not measured again
+    dense, heavy, quest = result.table
+    assert (dense.name, heavy.name, quest.name) == ("dense", "h2o", "quest")
+    assert all(set(row.measured) == set(PARTS) for row in result.table)
+    assert dense.measured["text"]["held"] == dense.ratio == 1.0
+    assert 0.2 < heavy.measured["text"]["held"] < 0.4
+    assert 0.2 < heavy.measured["text"]["read"] < 0.3
+    assert quest.measured["text"]["held"] > 1 > quest.measured["text"]["read"]
     assert all(len(cells) == len(COLUMNS) for cells in result.rows())
-    assert result.markdown().count("\n") == 4
     assert json.loads(json.dumps(result.to_json()))["table"][1]["name"] == "h2o"
     with pytest.raises(ValueError, match="context=9000: expected at most 4096, the model's"):
         bench_cache(model, tokenizer, 9000)
     with pytest.raises(ValueError, match="steps=700: expected 1 to 639, fewer than the context"):
         bench_cache(model, tokenizer, 640, steps=700)
+    with pytest.raises(ValueError, match="parts='quality': expected some of text, agnostic, aware, speed"):
+        bench_cache(model, tokenizer, 640, parts=("quality",))
 
 
 def test_decoding_beside_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"HEADS": 4, "KV_HEADS": 2, "DIM": 32, "MLP": 32}.items():
         monkeypatch.setattr(cache_speed, name, value)
-    rows = bench_decode((256,), rounds=1, registry=True)
+    rows = bench_decode((256,), rounds=1, only="^h2o|^8 bits|^sink_recent at")
     assert rows[0].name == cache_speed.DENSE
     assert rows[0].freed == 0
-    assert rows[0].attention_speedup == 1
+    assert rows[0].layer_speedup == rows[0].attention_speedup == 1
     by_name = {row.name: row for row in rows}
-    assert by_name["h2o 25 %, 8 bits"].freed > 0.6
-    assert by_name["everything, 8 bits"].freed > 0.3
-    assert "sink_recent at 25 %" in by_name
+    assert by_name["h2o + 8 bits at 75%"].freed > 0.4
+    assert by_name["8 bits"].freed > 0.2
+    assert by_name["sink_recent at 25%"].freed > 0.6
     assert all(len(cells) == len(cache_speed.COLUMNS) for row in rows for cells in row.rows())
     assert json.loads(json.dumps(rows[0].to_json()))["tokens"] == 256
     with pytest.raises(ValueError, match=r"rounds=0, lengths=\(256,\): expected at least 1, and 64 tokens"):

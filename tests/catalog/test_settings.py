@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from saccade.catalog import cards, get
+from saccade.catalog import Budget, cards, get
 from saccade.catalog.settings import check_settings, described, fits, setting_types
 
 pytestmark = pytest.mark.quick
@@ -78,6 +78,9 @@ def test_cards_check_types_before_building() -> None:
 def test_examples_exact_settings_and_ladders_fit() -> None:
     for card in cards():
         rungs = [card.example, *(card.ladder(256) if card.ladder else ()), *([card.exact(256)] if card.exact else ())]
+        budgets = [Budget(part, 2048, 30, 1e5) for part in (0.5, 0.25, 0.1)] + [Budget(0.5, 64)]
+        rungs += [settings for b in budgets if card.at_budget and (settings := card.at_budget(b)) is not None]
         for settings in rungs:
             check_settings(card.target, settings)
+            card.build(**settings)
         assert Any not in setting_types(card.target).values(), card.name

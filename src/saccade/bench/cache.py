@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from saccade.bench.cache_quality import PROTOCOLS, Material, Quality, make_material, measure_quality
-from saccade.bench.cache_rows import BUDGETS, Candidate, Shares, candidates
+import torch
+
+from saccade.bench.cache_prompt import Prompt, read_prompt
+from saccade.bench.cache_quality import PROTOCOLS, Material, caches_of, make_material, recall_quality, text_quality
+from saccade.bench.cache_rows import BUDGETS, Candidate, candidates, composed, matching
+from saccade.bench.measure import interleaved, median
 from saccade.mechanisms.cache.base import CachePolicy
 from saccade.models.ruler import TASKS
 
+PARTS = ("text", *PROTOCOLS, "speed")
+"""What is measured of every row."""
+
 COLUMNS = (
-    "cache", "settings", "budget", "bytes held", "bytes read", "MB", "tokens/s", "perplexity",
+    "cache", "settings", "budget", "held", "read", "tokens/s", "perplexity",
     *(f"{task}, {protocol}" for protocol in PROTOCOLS for task in TASKS),
 )  # fmt: skip
 
@@ -22,31 +33,31 @@ class CacheRow:
     """A policy at a budget, or dense attention.
 
     Args:
-        name: Registry name, or "dense": transformers' own cache and attention.
+        name: Registry name, what is composed, or "dense": transformers' own cache and attention.
         settings: `name=value`, with commas between.
-        budget: The part of the bytes that was asked for; None for dense.
-        shares: Parts of dense attention's bytes that the setting holds and reads on random keys.
-        held: Part of the dense cache's bytes that this one held in the model.
-        quality: What was measured in the model.
-        ratio: Its perplexity over that of dense.
+        budget: What was asked for; None for dense and for forms of storage.
+        effects: What it sets out to save.
+        measured: By part of `PARTS`, as far as measured: see `text_quality`, `recall_quality` and `_speed`.
+        ratio: Its perplexity over that of dense, where both are known.
     """
 
     name: str
     settings: str
     budget: float | None
-    shares: Shares
-    held: float
-    quality: Quality
-    ratio: float
+    effects: tuple[str, ...]
+    measured: dict[str, dict[str, Any]]
+    ratio: float | None
 
     def cells(self) -> tuple[str, ...]:
-        """As text, in the order of `COLUMNS`."""
-        quality = self.quality
-        recall = (quality.found.get(protocol, {}).get(task) for protocol in PROTOCOLS for task in TASKS)
+        """As text, in the order of `COLUMNS`; empty where nothing was measured."""
+        text, speed = self.measured.get("text"), self.measured.get("speed")
+        recall = (self.measured.get(p, {}).get("found", {}).get(task) for p in PROTOCOLS for task in TASKS)
+        rise = "" if self.ratio is None else f" ({self.ratio - 1:+.1%})"
         return (
-            self.name, self.settings, "" if self.budget is None else f"{self.budget:.0%}", f"{self.held:.0%}",
-            f"{self.shares.read:.0%}", f"{quality.nbytes / 1e6:.1f}", f"{1 / quality.seconds:.1f}",
-            f"{quality.perplexity:.3f} ({self.ratio - 1:+.1%})",
+            self.name, self.settings, "" if self.budget is None else f"{self.budget:.0%}",
+            *(("", "") if text is None else (f"{text['held']:.0%}", f"{text['read']:.0%}")),
+            "" if speed is None else f"{speed['tokens_per_second']:.1f} ({speed['speedup']:.2f}x)",
+            "" if text is None else f"{text['perplexity']:.2f}{rise}",
             *("" if part is None else f"{part:.0%}" for part in recall),
         )  # fmt: skip
 
@@ -56,18 +67,12 @@ class CacheBench:
     """What `bench_cache` measured.
 
     Args:
-        context: Tokens of a window or prompt.
-        steps: Tokens decoded of each window.
-        windows: Of text.
-        tries: Recall tasks of each kind.
-        table: Dense first, then by policy and falling budget.
+        about: Context, steps, windows, tries and dtype.
+        table: Dense first, then by policy and falling budget, then what is composed.
         left_out: Policies and budgets that are not in the table, and why.
     """
 
-    context: int
-    steps: int
-    windows: int
-    tries: int
+    about: dict[str, Any]
     table: tuple[CacheRow, ...]
     left_out: dict[str, str]
 
@@ -79,18 +84,42 @@ class CacheBench:
         """Rows of the table."""
         return [row.cells() for row in self.table]
 
-    def markdown(self) -> str:
-        """The table, for a document."""
-        rule = ("---",) * 2 + ("---:",) * (len(COLUMNS) - 2)
-        lines = [COLUMNS, rule, *(("`" + row[0] + "`", *row[1:]) for row in self.rows())]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+@dataclass
+class Notes:
+    """What has been measured, on file line by line, so that a run that was cut off goes on where it stopped.
+
+    Args:
+        about: What was measured on; lines about something else are passed over.
+        path: JSON lines, read and appended to; None for memory only.
+    """
+
+    about: dict[str, Any]
+    path: Path | None = None
+    found: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                note = json.loads(line)
+                if note["about"] == self.about:
+                    self.found[note["name"], note["settings"], note["part"]] = note["measured"]
+
+    def add(self, name: str, settings: str, part: str, measured: dict[str, Any]) -> None:
+        """Remember, and write down."""
+        self.found[name, settings, part] = measured
+        if self.path is not None:
+            note = {"about": self.about, "name": name, "settings": settings, "part": part, "measured": measured}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(note) + "\n")
 
 
 def bench_cache(
-    model: Any, tokenizer: Any, context: int = 2048, *, steps: int = 64, windows: int = 2, tries: int = 4,
-    budgets: Sequence[float] = BUDGETS, only: Sequence[str] | None = None, progress: Callable[[str], object] = str,
+    model: Any, tokenizer: Any, context: int = 2048, *, steps: int = 48, windows: int = 4, tries: int = 3,
+    rounds: int = 12, budgets: Sequence[float] = BUDGETS, only: str | None = None,
+    parts: Sequence[str] = PARTS, notes: Path | None = None, progress: Callable[[str], object] = str,
 ) -> CacheBench:  # fmt: skip
-    """Run a model with every registered cache policy at some budgets, dense beside it.
+    """Run a model with every registered cache policy at some budgets, dense beside it, on the same prompts.
 
     Args:
         model: A transformers causal language model in eval mode, without a recipe.
@@ -99,8 +128,11 @@ def bench_cache(
         steps: Of a window of text, how many are decoded one by one.
         windows: Of held-out text.
         tries: Recall tasks of each kind, each asked in both protocols; 0 for none.
-        budgets: Parts of the bytes.
-        only: Names of policies; None for all.
+        rounds: Counted decoded tokens of a row and of dense, in turn, for its speed.
+        budgets: See `saccade.catalog.Budget`.
+        only: Rows in whose label this regular expression is found; None for all.
+        parts: Of `PARTS`, to measure now; the table also has what notes say.
+        notes: File of an earlier run with the same material, which is continued.
         progress: Told what is done next.
 
     Returns:
@@ -109,37 +141,98 @@ def bench_cache(
     Raises:
         ValueError: If an argument is out of range, or longer than the model's context.
     """
-    from transformers import DynamicCache
-
-    from saccade.plug import PagedCache, Recipe, apply
-    from saccade.plug.cache import cache_bytes
-
     config = model.config.get_text_config()
     if context > config.max_position_embeddings:
         raise ValueError(f"context={context}: expected at most {config.max_position_embeddings}, the model's")
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"parts={part!r}: expected some of {', '.join(PARTS)}")
     material = make_material(tokenizer, context, steps, windows, tries)
-    chosen, left_out = candidates(context, config.num_hidden_layers, budgets, only)
-    progress("dense")
-    dense = measure_quality(model, DynamicCache, material, cache_bytes)
-    table = [CacheRow("dense", "", None, Shares(1.0, 1.0), 1.0, dense, 1.0)]
-    with apply(model, Recipe.uniform(model, "dense", {"engine": "saccade"})):
-
-        def cached(policy: CachePolicy) -> Quality:
-            return measure_quality(model, lambda: PagedCache(model, policy), material, cache_bytes)
-
-        for candidate in chosen:
-            progress(f"{candidate.name} at {candidate.budget:.0%}")
-            try:
-                table.append(_row(candidate, cached(candidate.policy), dense))
-            except ValueError as error:
-                left_out[f"{candidate.name} at {candidate.budget:.0%}"] = str(error)
-    return CacheBench(context, steps, len(material.windows), tries, tuple(table), left_out)
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+    chosen, left_out = candidates(context, config.num_hidden_layers, budgets, rope)
+    chosen = matching(chosen + composed(context, config.num_hidden_layers, rope), only)
+    about = {
+        "context": context, "steps": steps, "windows": len(material.windows), "tries": tries,
+        "dtype": str(model.dtype).removeprefix("torch."), "parameters": model.num_parameters(),
+    }  # fmt: skip
+    log = Notes(about, notes)
+    with _twin(model) as twin:
+        for part in parts:
+            _measure(part, model, twin, material, chosen, log, rounds, progress)
+    dense = log.found.get(("dense", "", "text"), {}).get("perplexity")
+    table = [_row(log, one, dense) for one in (None, *chosen)]
+    return CacheBench(about, tuple(table), left_out)
 
 
-def _row(candidate: Candidate, quality: Quality, dense: Quality) -> CacheRow:
-    settings = ", ".join(f"{name}={value}" for name, value in candidate.settings.items())
-    held, ratio = quality.nbytes / dense.nbytes, quality.perplexity / dense.perplexity
-    return CacheRow(candidate.name, settings, candidate.budget, candidate.shares, held, quality, ratio)
+@contextmanager
+def _twin(model: Any) -> Iterator[Any]:
+    """The model once more, with the same weights and Saccade's dense attention."""
+    from saccade.plug import Recipe, apply
+
+    twin = deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+    with apply(twin, Recipe.uniform(twin, "dense", {"engine": "saccade"})):
+        yield twin
 
 
-__all__ = ["COLUMNS", "CacheBench", "CacheRow", "Material", "bench_cache"]
+def _measure(
+    part: str, model: Any, twin: Any, material: Material, chosen: Sequence[Candidate], log: Notes, rounds: int,
+    progress: Callable[[str], object],
+) -> None:  # fmt: skip
+    """One part, of the rows that lack it; the prompt is read once for all."""
+    names = [("dense", "", None), *((one.label, one.written, one.policy) for one in chosen)]
+    lacking = [row for row in names if (row[0], row[1], part) not in log.found]
+    ids = _beginnings(part, material)
+    if not lacking or ids is None:
+        return
+    progress(f"{part}: prompt")
+    prompt = read_prompt(twin, ids)
+    for name, written, policy in lacking:
+        progress(f"{part}: {name}")
+        log.add(name, written, part, _part(part, model, twin, policy, prompt, material, rounds))
+
+
+def _beginnings(part: str, material: Material) -> torch.Tensor | None:
+    """Prompts of a part, int64 `[B, n]`; None where there is no material for it."""
+    if part in PROTOCOLS:
+        return None if material.questions is None else material.questions.ids[:, : -material.questions.answer]
+    return material.windows[: 1 if part == "speed" else None, : -material.steps]
+
+
+def _part(
+    part: str, model: Any, twin: Any, policy: CachePolicy | None, prompt: Prompt, material: Material, rounds: int
+) -> dict[str, Any]:
+    from saccade.plug.cache import cache_bytes
+
+    if part == "speed":
+        return _speed(model, twin, policy, prompt, rounds)
+    runs, cache, counted = caches_of(model, twin, policy)
+    if part == "text":
+        return text_quality(runs, cache, counted, prompt, material, cache_bytes)
+    if material.questions is None:
+        raise ValueError(f"part={part!r}: expected tries above 0")
+    return recall_quality(runs, cache, counted, prompt, material.questions, part, cache_bytes)
+
+
+@torch.no_grad()
+def _speed(model: Any, twin: Any, policy: CachePolicy | None, prompt: Prompt, rounds: int) -> dict[str, Any]:
+    """Decoded tokens of one sequence and of dense, in turn: `tokens_per_second`, and `speedup` over dense beside it."""
+    calls = {}
+    token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
+    for name, which in (("dense", None), ("row", policy)):
+        runs, cache, _ = caches_of(model, twin, which, count=False)
+        prompt.fill(cache, sequences=1)
+        calls[name] = lambda runs=runs, cache=cache: runs(input_ids=token, past_key_values=cache)
+    seconds = {name: median(times) for name, times in interleaved(calls, rounds, warmup=2).items()}
+    return {"tokens_per_second": 1 / seconds["row"], "speedup": seconds["dense"] / seconds["row"]}
+
+
+def _row(log: Notes, one: Candidate | None, dense: float | None) -> CacheRow:
+    label, written = ("dense", "") if one is None else (one.label, one.written)
+    measured = {part: log.found[label, written, part] for part in PARTS if (label, written, part) in log.found}
+    ratio = measured["text"]["perplexity"] / dense if dense is not None and "text" in measured else None
+    if one is None:
+        return CacheRow("dense", "", None, (), measured, ratio)
+    return CacheRow(one.name, written, one.budget, tuple(sorted(one.effects)), measured, ratio)
+
+
+__all__ = ["BUDGETS", "COLUMNS", "PARTS", "CacheBench", "CacheRow", "bench_cache"]

@@ -1,170 +1,129 @@
-"""Which cache policies are measured, and with which settings: from the registry, at shares that are measured."""
+"""Which cache policies are measured, with which settings: from the registry, at budgets; and some of several axes."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from saccade.catalog import Card, cards
-from saccade.mechanisms.cache.attention import CachedAttention
-from saccade.mechanisms.cache.base import CachePolicy, Everything
+from saccade.catalog import Budget, cards
+from saccade.mechanisms.cache.base import CachePolicy, Everything, compose
+from saccade.mechanisms.cache.storage import Storage
 from saccade.types import Kind
 
 BUDGETS = (0.5, 0.25, 0.1)
-"""Parts of the cache's bytes that are held, or read, or that a token takes."""
+"""Parts of the tokens that are kept, or attended to in a step; or of 16 bits, in which a token is stored."""
 
-TOLERANCE = 1.45
-"""How far off a budget the nearest rung of a ladder may be, as a factor."""
+BESIDE = 0.75
+"""Part of the tokens that is kept where the rest is saved by 8 bits."""
 
-SCALES = (1.0, 0.8)
-"""Ladders are asked for a context and for this part of it: 10 % lies between their powers of two."""
-
-TRIAL = 1024
-"""Most tokens on which a setting's share is measured."""
-
-DIM = 64
-"""Channels of a head there."""
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Parts of dense attention's bytes: held of the cache, whole pages counted, and read in a step by a query head.
-
-    Where query heads share keys and each has a list of its own, a token may be read once for each of them.
-    """
-
-    held: float
-    read: float
-
-    def of(self, effects: frozenset[str]) -> float:
-        """The part that a policy with these effects sets out to make small."""
-        return min(([self.held] if effects - {"selecting"} else []) + ([self.read] if "selecting" in effects else []))
+EIGHT, FOUR = Storage(bits=8), Storage(bits=4, group=32)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A policy with the setting whose share is nearest to a budget.
+    """A policy with the settings of its paper at a budget.
 
     Args:
-        name: Registry name.
+        name: Registry name, or what is composed.
         settings: Hyperparameters.
         policy: Built from them.
-        budget: One of `BUDGETS`.
-        shares: Measured on random keys, over as many layers as the model has.
-        effects: Of its card.
+        budget: Part of the tokens, or of 16 bits; None where nothing but the form of storage saves.
+        effects: Keys of `saccade.catalog.card.EFFECTS`.
     """
 
     name: str
     settings: Mapping[str, Any]
     policy: CachePolicy
-    budget: float
-    shares: Shares
+    budget: float | None
     effects: frozenset[str]
+
+    @property
+    def label(self) -> str:
+        """Name and budget."""
+        return self.name if self.budget is None else f"{self.name} at {self.budget:.0%}"
+
+    @property
+    def written(self) -> str:
+        """`name=value`, with commas between."""
+        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
 
 
 def candidates(
-    context: int, layers: int, budgets: Sequence[float] = BUDGETS, only: Sequence[str] | None = None
+    context: int, layers: int, budgets: Sequence[float] = BUDGETS, rope: float | None = None
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """Every registered cache policy that has a ladder, at each budget that a rung comes near.
+    """Every registered cache policy whose card names settings at a budget.
 
     Args:
         context: Tokens the settings are for.
         layers: Of the model.
-        budgets: Parts of the bytes.
-        only: Names; None for all.
+        budgets: See `Budget.part`.
+        rope: Base of the model's rotary embedding.
 
     Returns:
         The candidates, by name and falling budget, and why other policies or budgets are left out.
 
     Raises:
-        ValueError: If a budget is not in (0, 1) or a name is no cache policy.
+        ValueError: If a budget is not in (0, 1).
     """
     for budget in budgets:
         if not 0 < budget < 1:
             raise ValueError(f"budget={budget}: expected a part of the bytes, more than 0 and less than 1")
-    known = {card.name: card for card in cards() if card.kind is Kind.CACHE_POLICY}
-    for name in only or ():
-        if name not in known:
-            raise ValueError(f"only={name!r}: expected some of {', '.join(known)}")
     found: list[Candidate] = []
     left_out: dict[str, str] = {}
-    for card in known.values():
-        if only is not None and card.name not in only:
+    for card in (card for card in cards() if card.kind is Kind.CACHE_POLICY):
+        if card.at_budget is None:
+            left_out[card.name] = "its card names no settings at a budget"
             continue
-        if card.ladder is None:
-            left_out[card.name] = "its card has no ladder of settings"
-            continue
-        try:
-            rungs = _rungs(card, context, layers)
-        except ValueError as error:
-            left_out[card.name] = str(error)
-            continue
-        for budget in budgets:
-            chosen = _nearest(rungs, card, budget)
-            if chosen is None:
-                near = ", ".join(f"{shares.of(card.effects):.0%}" for _, shares in rungs)
-                left_out[f"{card.name} at {budget:.0%}"] = f"no rung of its ladder comes near: {near}"
-                continue
-            settings, shares = chosen
-            policy = card.build(**settings)
-            found.append(Candidate(card.name, settings, policy, budget, shares, card.effects))
+        for part in budgets:
+            settings = card.at_budget(Budget(part, context, layers, rope))
+            if settings is None:
+                left_out[f"{card.name} at {part:.0%}"] = f"its rule has none so small with {layers} layers"
+            else:
+                found.append(Candidate(card.name, settings, card.build(**settings), part, card.effects))
     return found, left_out
 
 
-def matching(pattern: str | None) -> list[str] | None:
-    """Names of cache policies in which a regular expression is found; None for None."""
-    names = (card.name for card in cards() if card.kind is Kind.CACHE_POLICY)
-    return None if pattern is None else [name for name in names if re.search(pattern, name)]
+def composed(context: int, layers: int, rope: float | None = None) -> list[Candidate]:
+    """Rows of several axes, for what is evicted from the registry: bits, and every evicting policy beside 8 bits.
 
+    Args:
+        context: As in `candidates`.
+        layers: As there.
+        rope: As there.
 
-def _rungs(card: Card, context: int, layers: int) -> list[tuple[Mapping[str, Any], Shares]]:
-    """Settings for the context, each with the shares that its like has on a shorter one."""
-    tokens, found = min(context, TRIAL), list[tuple[Mapping[str, Any], Shares]]()
-    for scale in SCALES:
-        small, large = (card.ladder(max(int(n * scale), 1)) for n in (tokens, context))  # type: ignore[misc]
-        for tried, wanted in zip(small, large, strict=True):
-            if all(wanted != settings for settings, _ in found):
-                found.append((wanted, shares_of(card.build(**tried), tokens, layers)))
+    Returns:
+        The candidates.
+    """
+    packing = frozenset({"packing"})
+    forms = [("everything", Storage()), ("8 bits", EIGHT), ("4 bits", FOUR)]
+    found = [Candidate(name, {}, Everything(form), None, packing) for name, form in forms]
+    kept, _ = candidates(context, layers, (BESIDE,), rope)
+    for one in kept:
+        if one.effects == {"evicting"}:
+            policy = compose(keep=one.policy, store=EIGHT)
+            found.append(Candidate(f"{one.name} + 8 bits", one.settings, policy, one.budget, one.effects | packing))
     return found
 
 
-def _nearest(
-    rungs: list[tuple[Mapping[str, Any], Shares]], card: Card, budget: float
-) -> tuple[Mapping[str, Any], Shares] | None:
-    """The rung nearest to a budget, as a ratio; None if none is near."""
-    ratios = [abs(math.log(shares.of(card.effects) / budget)) for _, shares in rungs]
-    best = min(range(len(rungs)), key=ratios.__getitem__)
-    return rungs[best] if ratios[best] <= math.log(TOLERANCE) else None
-
-
-@torch.no_grad()
-def shares_of(policy: CachePolicy, tokens: int, layers: int) -> Shares:
-    """What a policy holds after a prompt of random tokens, and reads for the next one, beside keeping everything.
+def matching(rows: Sequence[Candidate], pattern: str | None) -> list[Candidate]:
+    """Those in whose label a regular expression is found; all for None.
 
     Args:
-        policy: The policy.
-        tokens: Of the prompt.
-        layers: That share their `Step`.
+        rows: Candidates.
+        pattern: Regular expression.
 
     Returns:
-        Its shares.
+        Some of them.
+
+    Raises:
+        ValueError: If it is found in none.
     """
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, heads, tokens + 1, DIM, generator=generator) for heads in (2, 2, 2))
-    held, read = [], []
-    for one in (policy, Everything()):
-        stack = CachedAttention.stack(one, layers)
-        for piece in (slice(0, tokens), slice(tokens, tokens + 1)):
-            for layer in stack:
-                layer(*(x[:, :, piece] for x in (q, k, v)))
-        held.append(sum(layer.nbytes for layer in stack))
-        read.append(sum(layer.bytes_read for layer in stack))
-    return Shares(held[0] / held[1], read[0] / read[1])
+    found = [one for one in rows if pattern is None or re.search(pattern, one.label)]
+    if not found:
+        raise ValueError(f"only={pattern!r}: expected a part of one of {', '.join(one.label for one in rows)}")
+    return found
 
 
-__all__ = ["BUDGETS", "Candidate", "Shares", "candidates", "matching", "shares_of"]
+__all__ = ["BUDGETS", "Candidate", "candidates", "composed", "matching"]

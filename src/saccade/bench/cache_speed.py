@@ -6,20 +6,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saccade.bench.cache_rows import candidates
+from saccade.bench.cache_rows import candidates, composed, matching
 from saccade.bench.measure import interleaved, median, quartiles
-from saccade.mechanisms.cache.base import CachePolicy, Everything, Step, compose, decode_step
-from saccade.mechanisms.cache.h2o import H2O
-from saccade.mechanisms.cache.sink_recent import SinkRecent
-from saccade.mechanisms.cache.storage import Storage
+from saccade.mechanisms.cache.base import CachePolicy, Step, decode_step
 
-HEADS, KV_HEADS, DIM, MLP = 32, 8, 128, 14_336
-"""Query heads, key/value heads, channels of a head, and width of the MLP: Llama 3.1 8B."""
+HEADS, KV_HEADS, DIM, MLP, LAYERS = 32, 8, 128, 14_336, 32
+"""Query heads, key/value heads, channels of a head, width of the MLP, and layers: Llama 3.1 8B."""
 
 LAST = 32
 """Tokens of the prompt whose queries are made up: policies that look at attention see that of these."""
@@ -27,23 +25,9 @@ LAST = 32
 LENGTHS = (8192, 32_768, 131_072)
 """Tokens in the cache."""
 
-COLUMNS = ("tokens", "cache", "bytes freed", "attention", "25 to 75 %", "speed-up", "whole layer", "speed-up")
+COLUMNS = ("tokens", "cache", "bytes freed", "layer", "25 to 75 %", "tokens/s", "speed-up", "attention", "speed-up")
 
 DENSE = "transformers: DynamicCache, SDPA"
-
-
-def composed(tokens: int) -> dict[str, CachePolicy]:
-    """Policies of several axes, at this many tokens."""
-    quarter = max(tokens // 4, 8)
-    heavy = H2O(heavy=quarter // 2, recent=quarter // 2)
-    return {
-        "everything, as it comes": Everything(),
-        "everything, 8 bits": compose(store=Storage(bits=8)),
-        "everything, 4 bits": compose(store=Storage(bits=4, group=32)),
-        "h2o 25 %, as it comes": heavy,
-        "h2o 25 %, 8 bits": compose(keep=heavy, store=Storage(bits=8)),
-        "sink_recent 25 %, 8 bits": compose(keep=SinkRecent(4, quarter - 4), store=Storage(bits=8)),
-    }
 
 
 @dataclass(frozen=True)
@@ -52,43 +36,43 @@ class DecodeRow:
 
     Args:
         tokens: In the cache.
-        name: Of the cache.
+        name: Of the cache, with its budget.
         nbytes: Of keys and values held.
         freed: Part of `DynamicCache`'s bytes that is not held.
-        attention: Seconds of a step of the attention sub-layer: projections, cache and attention.
+        layer: Seconds of a step of the whole layer, median.
         spread: Its quartiles.
-        layer: Seconds of a step of the whole layer, with its MLP.
-        attention_speedup: Of `DynamicCache` and SDPA over this, same rounds.
-        layer_speedup: Likewise, of the whole layer.
+        attention: The same less the MLP's, timed in the same rounds: projections, cache and attention.
+        layer_speedup: Of `DynamicCache` and SDPA over this, same rounds.
+        attention_speedup: Likewise, without the MLP.
     """
 
     tokens: int
     name: str
     nbytes: int
     freed: float
-    attention: float
-    spread: tuple[float, float]
     layer: float
-    attention_speedup: float
+    spread: tuple[float, float]
+    attention: float
     layer_speedup: float
+    attention_speedup: float
 
     def to_json(self) -> dict[str, Any]:
         """Its fields."""
         return asdict(self)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """A row of the table."""
+        """A row of the table; tokens a second are those of a model of `LAYERS` such layers and nothing else."""
         low, high = self.spread
         return [(
-            f"{self.tokens:,}", self.name, f"{self.freed:.0%}", f"{self.attention * 1e3:.2f} ms",
-            f"{low * 1e3:.2f} to {high * 1e3:.2f}", f"{self.attention_speedup:.2f}", f"{self.layer * 1e3:.2f} ms",
-            f"{self.layer_speedup:.2f}",
+            f"{self.tokens:,}", self.name, f"{self.freed:.0%}", f"{self.layer * 1e3:.1f} ms",
+            f"{low * 1e3:.1f} to {high * 1e3:.1f}", f"{1 / (LAYERS * self.layer):.2f}", f"{self.layer_speedup:.2f}",
+            f"{self.attention * 1e3:.1f} ms", f"{self.attention_speedup:.2f}",
         )]  # fmt: skip
 
 
 def bench_decode(
-    lengths: Sequence[int] = LENGTHS, *, rounds: int = 15, dtype: torch.dtype = torch.bfloat16,
-    registry: bool = False, progress: Callable[[str], object] = str,
+    lengths: Sequence[int] = LENGTHS, *, rounds: int = 7, dtype: torch.dtype = torch.bfloat16,
+    budgets: Sequence[float] = (0.25,), only: str | None = None, progress: Callable[[str], object] = str,
 ) -> list[DecodeRow]:  # fmt: skip
     """Time a decoded token with each cache, in interleaved rounds.
 
@@ -96,7 +80,8 @@ def bench_decode(
         lengths: Tokens in the cache.
         rounds: Counted steps of each cache.
         dtype: Of weights, keys and values.
-        registry: Also every registered policy at 25 % of the bytes, as far as its choice can be made on one layer.
+        budgets: Of every registered policy whose choice can be made on one layer.
+        only: Rows in whose label this regular expression is found; None for all.
         progress: Told what is done next.
 
     Returns:
@@ -109,41 +94,40 @@ def bench_decode(
         raise ValueError(f"rounds={rounds}, lengths={tuple(lengths)}: expected at least 1, and {2 * LAST} tokens")
     found: list[DecodeRow] = []
     for tokens in lengths:
-        policies = composed(tokens)
-        if registry:
-            more, _ = candidates(tokens, 1, (0.25,))
-            policies |= {f"{one.name} at 25 %": one.policy for one in more}
-        progress(f"{tokens:,} tokens: attention")
-        small, held = _steps(policies, tokens, rounds, dtype, mlp=DIM)
-        progress(f"{tokens:,} tokens: whole layer")
-        large, _ = _steps(policies, tokens, rounds, dtype, mlp=MLP)
-        for name, seconds in small.items():
-            attention, layer = median(seconds), median(large[name])
+        chosen, _ = candidates(tokens, 1, budgets)
+        chosen = matching(chosen + composed(tokens, 1), only)
+        progress(f"{tokens:,} tokens")
+        steps, held = _steps({one.label: one.policy for one in chosen}, tokens, rounds, dtype)
+        mlp = median(steps.pop(""))
+        dense = median(steps[DENSE])
+        for name, seconds in steps.items():
+            layer = median(seconds)
             found.append(DecodeRow(
-                tokens, name, held[name], 1 - held[name] / held[DENSE], attention, quartiles(seconds), layer,
-                median(small[DENSE]) / attention, median(large[DENSE]) / layer,
+                tokens, name, held[name], 1 - held[name] / held[DENSE], layer, quartiles(seconds), layer - mlp,
+                dense / layer, (dense - mlp) / (layer - mlp),
             ))  # fmt: skip
     return found
 
 
 @torch.no_grad()
 def _steps(
-    policies: Mapping[str, CachePolicy], tokens: int, rounds: int, dtype: torch.dtype, *, mlp: int
+    policies: Mapping[str, CachePolicy], tokens: int, rounds: int, dtype: torch.dtype
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of every counted step of a layer with each cache, and the bytes that each holds."""
+    """Seconds of every counted step of a layer with each cache, under "" those of its MLP, and bytes held."""
     from saccade.plug.cache import cache_bytes
 
     token = torch.ones(1, 1, dtype=torch.int64)
     q, k, v = _past(tokens, dtype)
-    with one_layer(mlp, dtype) as (plain, applied):
+    with one_layer(MLP, dtype) as (plain, applied):
         caches: dict[str, tuple[Any, Any]] = {DENSE: (plain, _dynamic(k, v))}
         caches |= {name: (applied, _paged(applied, policy, q, k, v)) for name, policy in policies.items()}
-        calls = {
-            name: (lambda model=model, cache=cache: model(input_ids=token, past_key_values=cache))
-            for name, (model, cache) in caches.items()
+        calls: dict[str, Callable[[], Any]] = {
+            name: partial(model, input_ids=token, past_key_values=cache) for name, (model, cache) in caches.items()
         }
-        held = {name: cache_bytes(cache) for name, (_, cache) in caches.items()}
-        return interleaved(calls, rounds, warmup=2), held
+        hidden = torch.zeros(1, 1, HEADS * DIM, dtype=dtype)
+        calls[""] = partial(plain.model.layers[0].mlp, hidden)
+        steps = interleaved(calls, rounds, warmup=2)
+        return steps, {name: cache_bytes(cache) for name, (_, cache) in caches.items()}
 
 
 @contextmanager
@@ -203,4 +187,4 @@ def _paged(model: Any, policy: CachePolicy, q: Tensor, k: Tensor, v: Tensor) -> 
     return cache
 
 
-__all__ = ["COLUMNS", "LENGTHS", "DecodeRow", "bench_decode", "composed", "one_layer"]
+__all__ = ["COLUMNS", "LENGTHS", "DecodeRow", "bench_decode", "one_layer"]

@@ -42,6 +42,28 @@ T = TypeVar("T", bound=type)
 
 
 @dataclass(frozen=True)
+class Budget:
+    """How much a cache policy may hold or read.
+
+    Args:
+        part: Of the tokens: those kept, or attended to where a step chooses; of 16 bits where tokens are packed.
+        tokens: Of the context.
+        layers: Of the model.
+        rope: Base of the model's rotary embedding, or None.
+    """
+
+    part: float
+    tokens: int
+    layers: int = 1
+    rope: float | None = None
+
+    @property
+    def count(self) -> int:
+        """Tokens that are the budget's part, at least 8."""
+        return max(8, round(self.part * self.tokens))
+
+
+@dataclass(frozen=True)
 class Card:
     """A registered mechanism.
 
@@ -69,6 +91,7 @@ class Card:
         example: Settings that fit a small problem; the laws build the mechanism from them.
         exact: `N -> settings` at which it equals dense attention on N tokens, or None.
         ladder: `N -> settings, ...` from the least to the most computed: what `tune` tries and what law 6 climbs.
+        at_budget: What a cache policy's paper would set at a budget, or None where its rule cannot be so small.
     """
 
     name: str
@@ -93,6 +116,7 @@ class Card:
     example: Settings = field(default_factory=dict)
     exact: Callable[[int], Settings] | None = None
     ladder: Callable[[int], tuple[Settings, ...]] | None = None
+    at_budget: Callable[[Budget], Settings | None] | None = None
 
     def build(self, **settings: Any) -> Any:
         """The mechanism with `settings`, or with `example` if none are given.

@@ -164,9 +164,15 @@ def bench_command(
     rounds: Annotated[int, typer.Option(help="Counted rounds of each case; the median counts.")] = 7,
     model: Annotated[str, typer.Option(help="cache: smollm2, a folder, or a transformers id.")] = BUILT_IN,
     context: Annotated[int, typer.Option(help="cache: tokens of a prompt. SmolLM2 takes up to 8,192.")] = 2048,
-    tries: Annotated[int, typer.Option(help="cache: recall tasks of each kind.")] = 4,
+    dtype: Annotated[str, typer.Option(help="cache: float32, bfloat16 or float16.")] = "bfloat16",
+    windows: Annotated[int, typer.Option(help="cache: stretches of text.")] = 4,
+    tries: Annotated[int, typer.Option(help="cache: recall tasks of each kind.")] = 3,
+    part: Annotated[
+        list[str] | None, typer.Option(help="cache: text, agnostic, aware or speed; several times, all if not at all.")
+    ] = None,
+    notes: Annotated[Path | None, typer.Option(help="cache: where a run that is cut off goes on from.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="decode: lengths of the cache.")] = None,
-    registry: Annotated[bool, typer.Option("--registry", help="decode: every registered policy too.")] = False,
+    budget: Annotated[list[float] | None, typer.Option(help="cache, decode: parts kept or read, each a row.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
 ) -> None:
     """Measure: engines, caches, what a learned choice is worth, or the machine."""
@@ -175,7 +181,14 @@ def bench_command(
     if what not in ("ops", "cache", "decode", "training", "machine"):
         raise ValueError(f"what={what!r}: expected ops, cache, decode, training or machine")
     machine = describe_machine().to_json()
-    columns, outcomes = _measured(what, quick, only, rounds, model, context, tries, tokens, registry=registry)
+    if what == "cache":
+        loaded, tokenizer = load_model(model, dtype=dtype)
+        columns, outcomes = _caches(
+            loaded, tokenizer, context, quick, windows=windows, tries=tries, rounds=rounds, only=only, parts=part,
+            notes=notes, budgets=budget,
+        )  # fmt: skip
+    else:
+        columns, outcomes = _measured(what, quick, only, rounds, tokens, budget)
     rows = [row for outcome in outcomes for row in outcome.rows()]
     if markdown is not None:
         lines = [columns, ("---",) * len(columns), *rows]
@@ -196,11 +209,10 @@ def bench_command(
 
 
 def _measured(
-    what: str, quick: bool, only: str | None, rounds: int, model: str, context: int, tries: int,
-    tokens: list[int] | None, *, registry: bool,
-) -> tuple[tuple[str, ...], list[Any]]:  # fmt: skip
+    what: str, quick: bool, only: str | None, rounds: int, tokens: list[int] | None, budgets: list[float] | None
+) -> tuple[tuple[str, ...], list[Any]]:
     """Columns and outcomes of one kind of measurement."""
-    from saccade.bench import cache, cache_rows, cache_speed, ops, training
+    from saccade.bench import cache_speed, ops, training
 
     if what == "ops":
         return ops.COLUMNS, [*ops.bench_ops(quick=quick, only=only, rounds=rounds, progress=_said)]
@@ -208,17 +220,23 @@ def _measured(
         return training.COLUMNS, [*training.bench_training(60 if quick else 400, only, progress=_said)]
     if what == "decode":
         lengths = tokens or ((1024,) if quick else cache_speed.LENGTHS)
-        rows = cache_speed.bench_decode(lengths, rounds=rounds, registry=registry, progress=_noted)
+        rows = cache_speed.bench_decode(lengths, rounds=rounds, budgets=budgets or (0.25,), only=only, progress=_noted)
         return cache_speed.COLUMNS, [*rows]
-    if what == "machine":
-        return (), []
-    loaded, tokenizer = load_model(model)
-    steps, windows = (8, 1) if quick else (64, 2)
-    result = cache.bench_cache(
-        loaded, tokenizer, min(context, 512) if quick else context, steps=steps, windows=windows,
-        tries=1 if quick else tries, only=cache_rows.matching(only), progress=_noted,
-        budgets=(0.25,) if quick else cache_rows.BUDGETS,
-    )  # fmt: skip
+    return (), []
+
+
+def _caches(
+    model: Any, tokenizer: Any, context: int, quick: bool, *, parts: list[str] | None,
+    budgets: list[float] | None, **options: Any,
+) -> tuple[tuple[str, ...], list[Any]]:  # fmt: skip
+    """Columns and outcome for cache policies in a model."""
+    from saccade.bench import cache
+
+    options |= {"parts": parts or cache.PARTS, "budgets": budgets or cache.BUDGETS, "progress": _noted}
+    if quick:
+        context = min(context, 512)
+        options |= {"steps": 8, "windows": 1, "tries": 1, "rounds": 1, "budgets": (0.25,)}
+    result = cache.bench_cache(model, tokenizer, context, **options)
     return cache.COLUMNS, [result]
 
 

@@ -127,7 +127,7 @@ def recall_tasks(
 
     Args:
         tokenizer: A transformers tokenizer; its chat template is used if it has one.
-        length: Most tokens of context, question and answer together.
+        length: Tokens of context, question and answer together.
         tries: Of each task; what is hidden begins at evenly spread depths.
         seed: Same seed, same tasks.
         names: Keys of `TASKS`.
@@ -156,7 +156,7 @@ def recall_tasks(
 def _task(
     tokenizer: Any, name: str, source: list[int], hidden: Hidden, length: int, depth: float, rng: random.Random
 ) -> RecallTask:
-    """Fill the prompt with text until it has the asked length; text may tokenise differently once cut, so shrink."""
+    """Fill the prompt with text until it has the asked length; text may tokenise differently once cut."""
     start = rng.randrange(len(source))
     answer = tokenizer(" " + hidden.answer, add_special_tokens=False).input_ids
     room = length - len(answer) - sum(map(len, _prompt(tokenizer, hidden, list(hidden.needles))))
@@ -172,6 +172,8 @@ def _task(
         context, question = _prompt(tokenizer, hidden, parts)
         over = len(context) + len(question) + len(answer) - length
         if over <= 0:
+            # The text that ends the context goes on by what joining the pieces has saved: all tasks are equally long.
+            context = context + [source[(start + room + i) % len(source)] for i in range(-over)]
             ids, asked, expected = (torch.tensor([part]) for part in (context, question, answer))
             return RecallTask(name, ids, asked, expected, hidden.answer)
         room -= over

@@ -35,6 +35,8 @@ class Step:
         lse: Log-sum-exp of the rows of this call, `[B, H, M]`; None for a policy without `needs_lse`.
         picked: Left by an earlier layer of this call for the later ones.
         choosing: Bytes that the layer's policy has read only to choose what is read; `read` and `settle` add to it.
+        known: Queries, and sums of attention that `received_attention` has found for them, by storage: where one call
+            is shown to many policies, it is summed once. None in a model.
     """
 
     layer: int = 0
@@ -43,6 +45,7 @@ class Step:
     lse: Tensor | None = None
     picked: Any = None
     choosing: int = 0
+    known: tuple[Tensor, dict[Storage, Tensor]] | None = None
 
 
 class CachePolicy(ABC):

@@ -50,6 +50,7 @@ from saccade.types import Kind, Pattern
     example={"tokens": 16, "sinks": 2, "future": 8},
     exact=lambda n: {"tokens": max(n, 5)},
     ladder=lambda n: tuple({"tokens": max(n // part, 2), "sinks": 1} for part in (16, 8, 4, 2)),
+    at_budget=lambda b: {"tokens": b.count, "rope": b.rope},
 )
 @dataclass(frozen=True)
 class ExpectedAttention(CachePolicy):

@@ -69,6 +69,12 @@ BLOCKS = "representatives"
         {"blocks": max(n // (4 * part), 1), "block": 4, "representatives": 2, "sinks": 1, "local": 4}
         for part in (16, 8, 4, 2)
     ),
+    at_budget=lambda b: {
+        "block": (block := 32 if b.count < 1024 else 128),
+        "sinks": b.count // 16,
+        "local": b.count // 4,
+        "blocks": max(1, (b.count - b.count // 16 - b.count // 4) // block),
+    },
 )
 @dataclass(frozen=True)
 class InfLLM(StepSelection):

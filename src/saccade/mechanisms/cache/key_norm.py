@@ -7,12 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saccade.catalog import register
+from saccade.catalog import Budget, register
 from saccade.mechanisms.base import require
 from saccade.mechanisms.cache.base import CachePolicy, Step, best
 from saccade.mechanisms.cache.store import KVStore
 from saccade.ops.checks import accumulation_dtype
 from saccade.types import Kind, Pattern
+
+
+def _beside_whole_layers(budget: Budget) -> dict[str, int] | None:
+    """Tokens of the other layers, so that all together hold the budget; None if the whole layers alone exceed it."""
+    whole = 2 if budget.layers > 2 else 0
+    part = (budget.part - whole / budget.layers) / (1 - whole / budget.layers)
+    return None if part <= 0 else {"tokens": max(1, round(part * budget.tokens)), "whole_layers": whole}
 
 
 @register(
@@ -41,6 +48,7 @@ from saccade.types import Kind, Pattern
     example={"tokens": 16, "whole_layers": 1},
     exact=lambda n: {"tokens": n},
     ladder=lambda n: tuple({"tokens": max(n // part, 1)} for part in (16, 8, 4, 2)),
+    at_budget=_beside_whole_layers,
 )
 @dataclass(frozen=True)
 class KeyNorm(CachePolicy):

@@ -44,6 +44,7 @@ from saccade.types import Kind, Pattern
     example={"tokens": 16},
     exact=lambda n: {"tokens": n},
     ladder=lambda n: tuple({"tokens": max(n // part, 1)} for part in (16, 8, 4, 2)),
+    at_budget=lambda b: {"tokens": b.count},
 )
 @dataclass(frozen=True)
 class KeyDiff(CachePolicy):

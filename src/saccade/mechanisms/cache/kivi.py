@@ -51,6 +51,9 @@ from saccade.types import Kind, Pattern
         {"bits": bits, "group": 8, "recent": max(n // part, 1), "channels": None}
         for bits, part in ((2, 16), (2, 4), (4, 4), (8, 2))
     ),
+    at_budget=lambda b: (
+        None if b.part < 0.25 else {"bits": 2, "recent": 32} if b.part < 0.4 else {"bits": 4, "recent": 128}
+    ),
 )
 @dataclass(frozen=True)
 class Kivi(CachePolicy):

@@ -52,6 +52,7 @@ from saccade.types import Kind, Pattern, TokenIndex
     example={"tokens": 12, "dims": 4},
     exact=lambda n: {"tokens": n, "dims": 2},
     ladder=lambda n: tuple({"tokens": max(n // part, 1), "dims": 4} for part in (32, 16, 8, 4, 2)),
+    at_budget=lambda b: {"tokens": b.count, "dims": 16},
 )
 @dataclass(frozen=True)
 class Loki(StepSelection):

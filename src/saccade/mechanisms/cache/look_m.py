@@ -57,6 +57,7 @@ from saccade.types import Kind, Pattern
     example={"heavy": 8, "recent": 8, "sinks": 2},
     exact=lambda n: {"heavy": n // 2, "recent": n - n // 2},
     ladder=lambda n: tuple({"heavy": max(n // part, 1), "recent": max(n // part, 1)} for part in (32, 16, 8, 4)),
+    at_budget=lambda b: {"heavy": b.count - b.count // 2, "recent": b.count // 2},
 )
 @dataclass(frozen=True)
 class LookM(CachePolicy):

@@ -57,6 +57,11 @@ from saccade.types import Kind, Pattern
     ),
     example={"bits": 2, "tables": 3, "sinks": 2, "local": 4, "dense_layers": (0,)},
     exact=lambda _: {"bits": 0, "tables": 2, "dense_layers": ()},
+    at_budget=lambda b: {
+        "bits": 10 if b.part < 0.2 else 9 if b.part < 0.4 else 8,
+        "tables": 150,
+        "dense_layers": (0, b.layers // 2) if b.layers > 2 else (),
+    },
 )
 @dataclass(frozen=True)
 class MagicPIG(StepSelection):

@@ -43,6 +43,7 @@ from saccade.types import Kind, Pattern, TokenIndex
     example={"tokens": 12, "page": 4, "dense_layers": 1},
     exact=lambda n: {"tokens": n + 4, "page": 4, "dense_layers": 0},
     ladder=lambda n: tuple({"tokens": max(n // part, 6), "page": 2, "dense_layers": 0} for part in (16, 8, 4, 2)),
+    at_budget=lambda b: {"tokens": b.count, "page": 16, "dense_layers": 2 if b.layers > 2 else 0},
 )
 @dataclass(frozen=True)
 class Quest(StepSelection):

@@ -52,6 +52,7 @@ LIST = "recycled"
     example={"tokens": 8, "stride": 3},
     exact=lambda n: {"tokens": n},
     ladder=lambda n: tuple({"tokens": max(n // part, 1), "stride": 5} for part in (32, 16, 8, 4, 2)),
+    at_budget=lambda b: {"tokens": b.count, "stride": 10, "similarity": 0.8},
 )
 @dataclass(frozen=True)
 class Recycled(CachePolicy):

@@ -57,6 +57,10 @@ INDEX = "query graph"
         {"tokens": max(n // part, 1), "sinks": 1, "local": 4, "width": max(n // part, 1), "degree": 4}
         for part in (32, 16, 8, 4)
     ),
+    at_budget=lambda b: {
+        "tokens": (tokens := b.count - b.count // 16 - b.count // 4), "sinks": b.count // 16, "local": b.count // 4,
+        "width": max(128, tokens),
+    },
 )  # fmt: skip
 @dataclass(frozen=True)
 class RetrievalAttention(StepSelection):

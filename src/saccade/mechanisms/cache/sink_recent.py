@@ -44,6 +44,7 @@ BLOCK = 64
     example={"sinks": 3, "recent": 13},
     exact=lambda n: {"sinks": 0, "recent": n},
     ladder=lambda n: tuple({"sinks": min(4, n), "recent": max(n // part, 1)} for part in (16, 8, 4, 2)),
+    at_budget=lambda b: {"sinks": 4, "recent": b.count - 4},
 )
 @dataclass(frozen=True)
 class SinkRecent(CachePolicy):

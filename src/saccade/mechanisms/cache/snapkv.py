@@ -37,6 +37,7 @@ from saccade.types import Kind, Pattern
     example={"tokens": 16, "window": 4, "kernel": 3},
     exact=lambda n: {"tokens": n + 1, "window": min(n, 32)},
     ladder=lambda n: tuple({"tokens": max(n // part, 2), "window": max(n // part // 4, 1)} for part in (16, 8, 4, 2)),
+    at_budget=lambda b: {"tokens": b.count, "window": min(32, b.count // 2)},
 )
 @dataclass(frozen=True)
 class SnapKV(PromptCompression):

@@ -39,6 +39,9 @@ from saccade.types import Kind, Pattern, TokenIndex
     example={"tokens": 8, "first_selection": 1, "reselection": 3},
     exact=lambda n: {"tokens": n},
     ladder=lambda n: tuple({"tokens": max(n // part, 1)} for part in (32, 16, 8, 4, 2)),
+    at_budget=lambda b: (
+        None if b.layers < 4 else {"tokens": b.count, "first_selection": 2, "reselection": max(3, b.layers * 13 // 32)}
+    ),
 )
 @dataclass(frozen=True)
 class TidalDecode(CachePolicy):

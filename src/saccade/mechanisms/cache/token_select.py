@@ -48,6 +48,11 @@ from saccade.types import Kind, Pattern, TokenIndex
     example={"tokens": 8, "sinks": 2, "local": 4},
     exact=lambda n: {"tokens": n, "sinks": 0, "local": 1},
     ladder=lambda n: tuple({"tokens": max(n // part, 1), "sinks": 1, "local": 4} for part in (32, 16, 8, 4, 2)),
+    at_budget=lambda b: {
+        "tokens": b.count - b.count // 16 - b.count // 4,
+        "sinks": b.count // 16,
+        "local": b.count // 4,
+    },
 )
 @dataclass(frozen=True)
 class TokenSelect(StepSelection):

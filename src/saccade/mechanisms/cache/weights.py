@@ -60,9 +60,16 @@ def received_attention(q: Tensor, store: KVStore, step: Step) -> Tensor:
     """
     if step.lse is None:
         raise ValueError("step.lse=None: expected the log-sum-exp of dense attention")
+    known = step.known[1] if step.known is not None and step.known[0] is q else {}
+    if store.storage not in known:
+        known[store.storage] = _received_attention(q, store, step, step.lse)
+    return known[store.storage]
+
+
+def _received_attention(q: Tensor, store: KVStore, step: Step, lse: Tensor) -> Tensor:
     batch, heads, queries, dim = q.shape
     groups, slots, dtype = store.lengths.shape[1], len(store), accumulation_dtype(q.dtype)
-    rows = step.lse.masked_fill(step.lse == -torch.inf, torch.inf).to(dtype)  # a row that sees nothing gives nothing
+    rows = lse.masked_fill(lse == -torch.inf, torch.inf).to(dtype)  # a row that sees nothing gives nothing
     if is_few(queries, batch * heads * slots):
         weights = score_stored(q, store, scale=step.scale).sub_(rows[..., None]).exp_()
         return weights.unflatten(1, (groups, -1)).sum((2, 3))

@@ -63,6 +63,9 @@ from saccade.types import Kind, Pattern
     ladder=lambda n: tuple(
         {"bits": bits, "salient_bits": salient, "block": max(n // 4, 2)} for bits, salient in ((2, 4), (4, 4), (4, 8))
     ),
+    at_budget=lambda b: (
+        None if b.part < 0.25 else {"bits": 2, "salient_bits": 4} if b.part < 0.4 else {"bits": 4, "salient_bits": 8}
+    ),
 )
 @dataclass(frozen=True)
 class ZipCache(CachePolicy):
