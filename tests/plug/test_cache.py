@@ -52,7 +52,7 @@ def test_a_cache_in_words(tiny: Build) -> None:
     with apply(model, Recipe.uniform(model, "dense")):
         assert cache_in_words(PagedCache(model, Everything())) == "PagedCache: everything"
         mixed = PagedCache(model, [compose(store=Storage(bits=8)), Everything()])
-        assert cache_in_words(mixed) == "PagedCache: store bits=8 in 1 layers; everything in 1 layers"
+        assert cache_in_words(mixed) == "PagedCache: store bits=8 in 1 layers; everything in 1"
     assert cache_in_words(DynamicCache()) == "DynamicCache"
 
 
@@ -155,6 +155,26 @@ def test_bad_use_raises_one_error_and_leaves_the_cache(tiny: Build, ids: Tensor)
         model(ids, past_key_values=cache)
         with pytest.raises(ValueError, match="mechanism='sink_window': expected dense attention in the recipe where"):
             model(ids[:, :1], past_key_values=cache)
+
+
+def test_a_second_turn_runs_dense_over_the_cache_and_says_so(tiny: Build, ids: Tensor) -> None:
+    model = tiny()
+    exact = Recipe.uniform(model, "sink_window", {"window": 64, "sinks": 0}, decode=False)  # sees all of the first turn
+    with torch.no_grad():
+        expected = model(ids).logits[:, 24:]
+        with apply(model, exact):
+            cache = PagedCache(model, Everything())
+            model(ids[:, :24], past_key_values=cache)
+            found = model(ids[:, 24:], past_key_values=cache).logits
+            row = explain(model).rows[0]
+        assert torch.allclose(found, expected, atol=1e-9)
+        assert (row.phase, row.mechanism, row.queries) == ("prefill", "sink_window", 16)
+        assert row.fallback == "earlier tokens are in a PagedCache, and its policy says what is read of them"
+        with apply(model, exact, strict=True):
+            cache = PagedCache(model, Everything())
+            model(ids[:, :24], past_key_values=cache)
+            with pytest.raises(RuntimeError, match="cannot run sink_window: earlier tokens are in a PagedCache"):
+                model(ids[:, 24:], past_key_values=cache)
 
 
 def test_a_saved_cache_goes_on_and_a_foreign_one_is_refused(tiny: Build, ids: Tensor, tmp_path: Path) -> None:

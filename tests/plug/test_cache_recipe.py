@@ -15,7 +15,7 @@ from saccade.mechanisms.cache.h2o import H2O
 from saccade.mechanisms.cache.sink_recent import SinkRecent
 from saccade.mechanisms.cache.storage import Storage
 from saccade.plug import Choice, Fingerprint, LayerCache, LayerRecipe, PolicyChoice, Recipe, RecipeError, apply, explain
-from saccade.plug.cache_recipe import in_words, parse_cache
+from saccade.plug.cache_recipe import counted, in_words, parse_cache
 
 Build = Callable[..., Any]
 MODEL = Fingerprint("LlamaForCausalLM", 2, 4, 2, 8, 32, 64, "ab" * 32)
@@ -156,3 +156,9 @@ def test_policies_in_words() -> None:
     mixed = compose(keep=SinkRecent(2, 9), store=Storage(dtype=torch.bfloat16))
     assert in_words(mixed) == "keep sink_recent(sinks=2, recent=9), store dtype=bfloat16"
     assert in_words(H2O(3, 4)) == "h2o(heavy=3, recent=4)"
+
+
+def test_what_the_layers_have_is_counted() -> None:
+    assert counted(["a", "a"]) == "a"
+    assert counted(["a", "b", "a"]) == "a in 2 layers; b in 1"
+    assert counted("abcdeaab") == "a in 3 layers; b in 2; c in 1; 2 more in 2"

@@ -7,7 +7,6 @@ finds the layer through them, stores the tokens, and lets decoding read the stor
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -23,7 +22,7 @@ from saccade.mechanisms.cache.files import CacheFileError, load_stores, save_sto
 from saccade.mechanisms.cache.store import KVStore
 from saccade.mechanisms.cache.tiered import TieredStore, fetch_ahead, report
 from saccade.mechanisms.cache.tiers import Tier
-from saccade.plug.cache_recipe import in_words
+from saccade.plug.cache_recipe import counted, in_words
 from saccade.plug.fingerprint import fingerprint
 from saccade.plug.layers import attention_layers
 from saccade.plug.state import STATE
@@ -243,14 +242,11 @@ def cache_bytes(cache: Any) -> int:
 
 
 def cache_in_words(cache: Any) -> str:
-    """Which cache it is: `DynamicCache`, or as `PagedCache: store bits=8 in 28 layers; everything in 2 layers`."""
+    """Which cache it is: `DynamicCache`, or as `PagedCache: store bits=8 in 28 layers; everything in 2`."""
     kind = type(cache).__name__
     if not isinstance(cache, PagedCache):
         return kind
-    counts = Counter(in_words(layer.policy) for layer in cache.layers)
-    if len(counts) == 1:
-        return f"{kind}: {next(iter(counts))}"
-    return f"{kind}: " + "; ".join(f"{words} in {count} layers" for words, count in counts.most_common())
+    return f"{kind}: {counted(in_words(layer.policy) for layer in cache.layers)}"
 
 
 __all__ = ["LAYER", "PagedCache", "PagedLayer", "cache_bytes", "cache_in_words"]

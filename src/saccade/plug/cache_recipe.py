@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -212,6 +213,19 @@ def in_words(policy: CachePolicy) -> str:
     return _one(policy) or "everything"
 
 
+def counted(words: Iterable[str], most: int = 3) -> str:
+    """What the layers have, each in words: `store bits=8 in 27 layers; everything in 3`; no more than `most` kinds."""
+    counts = Counter(words).most_common()
+    if len(counts) == 1:
+        return counts[0][0]
+    (first, layers), *others = counts[:most]
+    said = [f"{first} in {layers} layers", *(f"{word} in {count}" for word, count in others)]
+    rest = counts[most:]
+    if rest:
+        said.append(f"{len(rest)} more in {sum(count for _, count in rest)}")
+    return "; ".join(said)
+
+
 def _one(policy: CachePolicy) -> str:
     """A policy that is not composed; "" if it saves nothing."""
     if isinstance(policy, Everything):
@@ -228,4 +242,6 @@ def _changed(part: Any) -> list[tuple[str, Any]]:
     return [(f.name, getattr(part, f.name)) for f in dataclasses.fields(part) if getattr(part, f.name) != f.default]
 
 
-__all__ = ["AXES", "LayerCache", "PolicyChoice", "axes_of", "check_caches", "dump_cache", "in_words", "parse_cache"]
+__all__ = [
+    "AXES", "LayerCache", "PolicyChoice", "axes_of", "check_caches", "counted", "dump_cache", "in_words", "parse_cache",
+]  # fmt: skip

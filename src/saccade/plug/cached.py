@@ -16,6 +16,9 @@ from saccade.plug.masks import MaskPlan, Reading, UnreadableMaskError
 from saccade.plug.route import Extras, Route
 from saccade.types import AttentionOutput
 
+LATER = "earlier tokens are in a PagedCache, and its policy says what is read of them"
+"""Why later parts of a text, another turn of a chat among them, attend densely to themselves and to what is read."""
+
 SERVED = "expected causal attention over one sequence per row, perhaps padded, with a PagedCache"
 
 
@@ -45,7 +48,8 @@ def attend_cached(
     store, policy, step = layer.store, layer.policy, layer.step
     reading, queries = _read(mask, q), q.shape[2]
     prompt, governed = store.empty and queries > 1, window is None
-    _refuse_mechanism(routes, policy, prompt)
+    if prompt or queries == 1:
+        _refuse_mechanism(routes, policy, prompt)
     step.layer, step.scale, step.lse = layer.number, extras.scale, None
     store.append(k, v, _present(reading, queries))
     layer.length, layer.pending = layer.length + queries, queries

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from saccade.ops import recording
 from saccade.plug.cache import LAYER
 from saccade.plug.cache_recipe import check_caches, in_words
-from saccade.plug.cached import attend_cached
+from saccade.plug.cached import LATER, attend_cached
 from saccade.plug.fingerprint import fingerprint
 from saccade.plug.layers import INTERFACE, attention_layers, forward_globals
 from saccade.plug.masks import MaskPlan, Reading, UnreadableMaskError, build_plan, read_bare
@@ -210,7 +210,9 @@ def _run_cached(
     value: Tensor, mask: Any, kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None, list[HeadsReport]]:  # fmt: skip
     """The layer's attention over a `PagedCache`, and what it read."""
-    reports = [route.report() for route in routes]
+    later = query.shape[2] > 1 and not layer.store.empty
+    reports = [route.report(LATER if later and route.mechanism is not None else None) for route in routes]
+    _raise_if_strict(state, reports)
 
     def prefill() -> Tensor:
         out, _, reports[:] = _run(state, routes, module, query, key, value, mask, kwargs)
