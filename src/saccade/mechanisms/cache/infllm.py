@@ -61,7 +61,10 @@ BLOCKS = "representatives"
             "Blocks stay in the same memory as everything; the authors keep them on the host and the least recently "
             "used on the device."
         ),
-        "Where tokens are evicted, blocks are of those that are left, and representatives are found anew.",
+        (
+            "Where tokens are evicted, blocks are of those that are left, and representatives are found anew. Queries "
+            "of tokens that are taken back go on counting."
+        ),
     ),
     example={"blocks": 2, "block": 4, "representatives": 2, "sinks": 2, "local": 6},
     exact=lambda n: {"blocks": n, "block": 4, "representatives": 1, "sinks": 2, "local": 4},

@@ -1,0 +1,86 @@
+"""Every policy that reads less, from the registry: over coded stores, after forks, and after tokens were taken back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from saccade.catalog import Card, cards
+from saccade.mechanisms.cache.attention import CachedAttention
+from saccade.mechanisms.cache.base import CachePolicy, compose
+from saccade.mechanisms.cache.storage import Storage
+from saccade.types import Kind
+
+READERS = [card for card in cards() if card.kind is Kind.CACHE_POLICY and "selecting" in card.effects]
+TOKENS, PROMPT, LAYERS = 40, 28, 4
+FORMS = [
+    Storage(bits=8),
+    Storage(bits=4, group=4, zero_point=True),
+    Storage(bits=2, group=4, zero_point=True),
+    Storage(dtype=torch.bfloat16, page=8),
+]
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, heads, TOKENS, 8, generator=generator) for heads in (4, 2, 2))
+    return q, k, v
+
+
+def decode(layers: list[CachedAttention], first: int, stop: int, *, whole: bool = False) -> Tensor:
+    """Outputs of all layers for tokens first .. stop - 1, one by one or in one call."""
+    sizes = [stop - first] if whole else [1] * (stop - first)
+    parts = zip(*(x[:, :, first:stop].split(sizes, 2) for x in inputs()), strict=True)
+    return torch.cat([torch.stack([layer(*part) for layer in layers]) for part in parts], 3)
+
+
+def started(policy: CachePolicy) -> list[CachedAttention]:
+    layers = CachedAttention.stack(policy, LAYERS)
+    decode(layers, 0, PROMPT, whole=True)
+    return layers
+
+
+@pytest.mark.parametrize("form", FORMS, ids=repr)
+@pytest.mark.parametrize("card", READERS, ids=lambda card: card.name)
+def test_over_coded_stores(card: Card, form: Storage) -> None:
+    """At full budget what is read is all that is stored, however it is; below it less is."""
+    full = compose(read=card.build(**card.exact(TOKENS)), store=form)
+    out = decode(started(full), PROMPT, TOKENS)
+    expected = decode(started(compose(store=form)), PROMPT, TOKENS)
+    rounded = 1e-5 if form.dtype is None else 0.01  # the engine rounds queries to the dtype of keys
+    torch.testing.assert_close(out, expected, rtol=0, atol=rounded)
+    layers = started(compose(read=card.build(**card.example), store=form))
+    assert bool(decode(layers, PROMPT, TOKENS).isfinite().all())
+
+
+@pytest.mark.parametrize("card", READERS, ids=lambda card: card.name)
+def test_a_fork_and_its_origin_do_not_touch_each_other(card: Card) -> None:
+    """What is kept between steps stays behind: a fork that goes on, or forgets, changes nothing in its origin."""
+    policy = card.build(**card.example)
+    layers, alone = started(policy), started(policy)
+    decode(layers, PROMPT, PROMPT + 4)
+    decode(alone, PROMPT, PROMPT + 4)
+    forks = CachedAttention.stack(policy, LAYERS)
+    for fork, layer in zip(forks, layers, strict=True):
+        fork.kept = layer.kept.select(torch.tensor([1, 0]))
+    assert bool(decode(forks, PROMPT, PROMPT + 3).isfinite().all())
+    for fork in forks:
+        fork.kept.crop(9)
+    torch.testing.assert_close(decode(layers, PROMPT + 4, TOKENS), decode(alone, PROMPT + 4, TOKENS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("card", READERS, ids=lambda card: card.name)
+def test_tokens_taken_back_at_full_budget(card: Card) -> None:
+    policy = card.build(**card.exact(TOKENS))
+    layers, alone = started(policy), started(compose())
+    decode(layers, PROMPT, PROMPT + 5)
+    for layer in layers:
+        layer.kept.crop(5)
+        assert layer.kept.seen.tolist() == [PROMPT, PROMPT]
+    torch.testing.assert_close(decode(layers, PROMPT, TOKENS), decode(alone, PROMPT, TOKENS), rtol=0, atol=1e-5)
+
+
+def test_the_registry_has_readers() -> None:
+    assert {card.target.read is not CachePolicy.read for card in READERS} == {True}
+    assert len(READERS) > 5
