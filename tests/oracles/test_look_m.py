@@ -144,7 +144,7 @@ def test_merging_beats_evicting_where_keys_repeat() -> None:
 def test_memory_is_freed_and_stays_bounded() -> None:
     q, k, v = inputs(1, 2, 2, 130)
     layer = CachedAttention(LookM(heavy=3, recent=2))
-    page = 64 * (8 + 5 + 1) * 8 + 64 * 4
+    page = 64 * (8 + 5 + 2) * 8 + 64 * 4
     layer(q[:, :, :120], k[:, :, :120], v[:, :, :120])
     assert layer.nbytes == 2 * page
     for i in range(120, 130):

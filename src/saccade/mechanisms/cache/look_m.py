@@ -11,7 +11,7 @@ from torch import Tensor
 from saccade.catalog import register
 from saccade.mechanisms.base import require
 from saccade.mechanisms.cache.base import CachePolicy, Step, best, received_attention
-from saccade.mechanisms.cache.merging import merge_slots, nearest_kept
+from saccade.mechanisms.cache.merging import key_lengths, merge_slots, nearest_kept
 from saccade.mechanisms.cache.store import KVStore
 from saccade.types import Kind, Pattern
 
@@ -82,7 +82,7 @@ class LookM(CachePolicy):
     recent: int = 512
     sinks: int = 4
     rule: Literal["averaged", "pivotal", "weighted"] = "pivotal"
-    stats: ClassVar[tuple[str, ...]] = ("attention",)
+    stats: ClassVar[tuple[str, ...]] = ("attention", "length")
     needs_lse: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -108,9 +108,11 @@ class LookM(CachePolicy):
 
     def _merge(self, store: KVStore, kept: Tensor) -> None:
         """By `rule`, everything that is not kept into what is."""
-        into, likeness = nearest_kept(store, kept)
+        lengths = key_lengths(store, store.stat("length"))
+        into, likeness = nearest_kept(store, kept, lengths)
         going = (~kept & store.present).to(likeness.dtype)
         guests = torch.zeros_like(going).scatter_add_(2, into, going)  # n of each slot
+        store.set_stat("length", lengths.masked_fill(guests > 0, 0.0))  # their keys are about to change
         if self.rule == "averaged":
             merge_slots(store, into)
         elif self.rule == "pivotal":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saccade.mechanisms.cache.arena import Arena
 from saccade.mechanisms.cache.checks import check_slots, check_tokens
-from saccade.mechanisms.cache.pagetable import PageLayout, PageTable
+from saccade.mechanisms.cache.pagetable import PageLayout, PageTable, Slots
 from saccade.mechanisms.cache.storage import Storage
 from saccade.ops.checks import accumulation_dtype
 from saccade.types import KVPages
@@ -187,13 +187,10 @@ class KVStore:
         self.ordered = True
         self.changes += 1
 
-    def overwrite(self, chosen: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Give the slots `chosen`, bool `[B, G, n]`, other keys `[B, G, n, D]` and values `[B, G, n, E]`."""
-        present = self.present
-        check_slots("chosen", chosen, present, torch.bool)
-        slots = (chosen & present).nonzero(as_tuple=True)
-        coded = [self._encoded(number, x[slots], *slots[:2]) for number, x in enumerate((keys, values))]
-        self.table.write(slots, coded[0] | coded[1])  # type: ignore[arg-type]
+    def overwrite(self, slots: Slots, keys: Tensor, values: Tensor) -> None:
+        """Give tokens other keys `[R, D]` and values `[R, E]`; see `rows`."""
+        coded = [self._encoded(number, x, *slots[:2]) for number, x in enumerate((keys, values))]
+        self.table.write(slots, coded[0] | coded[1])
         self.changes += 1
 
     def crop(self, count: int) -> None:
@@ -218,7 +215,7 @@ class KVStore:
         return other
 
     def fork(self) -> KVStore:
-        """Another store with the same tokens; pages are shared until one of the two writes to them."""
+        """Another store with the same tokens, as `select` gives it."""
         return self.select(torch.arange(len(self.seen)))
 
     def pages(self) -> KVPages:
@@ -247,8 +244,12 @@ class KVStore:
         """
         entry = torch.arange(slots.shape[0], device=slots.device)[:, None, None]
         head = torch.arange(slots.shape[1], device=slots.device) // (slots.shape[1] // self.lengths.shape[1])
-        where = self.table.find((entry, head[:, None], slots.clamp(min=0)))
-        return self._decoded(0, where, (entry, head[:, None])), self._decoded(1, where, (entry, head[:, None]))
+        return self.rows((entry, head[:, None], slots.clamp(min=0)))
+
+    def rows(self, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Copies of tokens' keys `[.., D]` and values `[.., E]`; batch entry, head and slot in tensors of one shape."""
+        where = self.table.find(slots)
+        return self._decoded(0, where, slots[:2]), self._decoded(1, where, slots[:2])
 
     def _start(self, k: Tensor, v: Tensor, present: Tensor | None) -> None:
         """Lay pages out for tokens like the first ones."""
@@ -289,8 +290,7 @@ class KVStore:
         parts = [self.table.whole(name) for name in (KEY, VALUE)[number] if name in self.table.layout.parts]
         x = self.storage.decode(tuple(parts), self.dtype)
         x = x if self.channels is None else x * self.channels[number][:, :, None]
-        present = self.present
-        return x if bool(present.all()) else x.masked_fill(~present[..., None], 0.0)
+        return x if bool((self.lengths == len(self)).all()) else x.masked_fill(~self.present[..., None], 0.0)
 
     def __repr__(self) -> str:
         """Sizes, not the contents."""
