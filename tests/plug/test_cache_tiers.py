@@ -14,11 +14,15 @@ from torch import Tensor
 
 from saccade.mechanisms.cache import pool as pool_module
 from saccade.mechanisms.cache.base import CachePolicy, Everything, compose
+from saccade.mechanisms.cache.instinfer import InstInfer
 from saccade.mechanisms.cache.kivi import Kivi
+from saccade.mechanisms.cache.lamina import Lamina
+from saccade.mechanisms.cache.offload import WorkerError
 from saccade.mechanisms.cache.quest import Quest
 from saccade.mechanisms.cache.sink_recent import SinkRecent
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.tiers import Disk, TierError
+from saccade.mechanisms.cache.vattention import VAttention
 from saccade.plug import PagedCache, Recipe, apply
 
 Build = Callable[..., Any]
@@ -134,6 +138,35 @@ def test_a_prompt_that_failed_midway_can_be_repeated(
             with pytest.raises(MemoryError, match="no memory"):
                 greedy(model, cache, ids, 1)
         assert torch.equal(torch.cat(greedy(model, cache, ids, 3)), torch.cat(expected))
+
+
+@pytest.mark.parametrize("policy", [Lamina(), InstInfer(resident=0.5), VAttention(tokens=512)], ids=repr)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_from_elsewhere_is_the_same(tiny: Build, ids: Tensor, policy: CachePolicy, beams: int) -> None:
+    model = tiny()
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "num_beams": beams}
+    padded, keep = ids.clone(), torch.ones_like(ids)
+    padded[1, :9] = keep[1, :9] = 0
+    with apply(model, Recipe.uniform(model, "dense")):
+        caches = [PagedCache(model, Everything()), PagedCache(model, policy)]
+        outs = [model.generate(padded, attention_mask=keep, past_key_values=cache, **options) for cache in caches]
+    assert torch.equal(*outs)
+    assert not isinstance(policy, Lamina | InstInfer) or caches[1].nbytes == 0
+
+
+@torch.no_grad()
+def test_a_worker_that_dies_in_the_midst_of_generation(tiny: Build, ids: Tensor) -> None:
+    model = tiny()
+    with apply(model, Recipe.uniform(model, "dense")):
+        cache = PagedCache(model, Lamina(threads=1))
+        found = greedy(model, cache, ids, 3)
+        cache.layers[1].store.worker.process.kill()
+        with pytest.raises(WorkerError, match=r"the attention worker, process \d+, has ended \(exit status -9\)"):
+            greedy(model, cache, found[-1], 1)
+        again = PagedCache(model, Lamina(threads=1))
+        assert torch.equal(torch.cat(greedy(model, again, ids, 3)), torch.cat(found))
+        with pytest.raises(ValueError, match="stores: expected KVStores without packed groups"):
+            again.save("nowhere")
 
 
 def test_policies_without_a_tier_are_refused(tiny: Build, tmp_path: Path) -> None:

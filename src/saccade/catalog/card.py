@@ -34,6 +34,8 @@ EFFECTS = {
     "evicting": "fewer bytes of the cache are held",
     "selecting": "fewer bytes of the cache are read in a step",
     "packing": "a token is stored in fewer bytes",
+    "offloading": "fewer bytes of the cache are held in the memory of the model's process",
+    "mapping": "memory is taken as tokens come, less than the contiguous addresses that are reserved for them",
 }
 """What a cache policy may save; law 13 measures each that a card claims."""
 

@@ -27,6 +27,7 @@ from saccade.laws.settings import refuse_settings
 from saccade.laws.subjects import Subject
 from saccade.mechanisms.cache.attention import CachedAttention
 from saccade.mechanisms.cache.base import CachePolicy, Everything
+from saccade.mechanisms.cache.vattention import ContiguousStore
 from saccade.types import Geometry
 
 LAYERS = 4
@@ -37,10 +38,11 @@ WHOLE = (PROMPT, *[1] * STEPS)
 
 @dataclass(frozen=True)
 class Driven:
-    """Outputs `[layers, B, H, M, E]`, and bytes: held by all layers, read by them in the last step, of one token."""
+    """Outputs `[layers, B, H, M, E]`, and bytes: held by all layers, addresses reserved, read in a step, of a token."""
 
     out: Tensor
     held: int
+    reserved: int
     read: int
     stored: int
 
@@ -59,7 +61,8 @@ def drive_policy(policy: CachePolicy, problem: Problem, sizes: Sequence[int], im
         outputs.append(torch.stack([layer(*piece, impl=impl) for layer in layers]))
         first += size
     bytes_held, bytes_read = sum(x.nbytes for x in layers), sum(x.bytes_read for x in layers)
-    return Driven(torch.cat(outputs, 3), bytes_held, bytes_read, layers[0].kept.slot_nbytes)
+    reserved = sum(x.kept.reserved_nbytes if isinstance(x.kept, ContiguousStore) else x.nbytes for x in layers)
+    return Driven(torch.cat(outputs, 3), bytes_held, reserved, bytes_read, layers[0].kept.slot_nbytes)
 
 
 def problem_of(subject: Subject, **sizes: Any) -> Problem:
@@ -218,6 +221,8 @@ def effects(subject: Subject) -> str:
         "evicting": ("held", run.held / dense.held),
         "selecting": ("read", run.read / dense.read),
         "packing": ("stored of a token", run.stored / dense.stored),
+        "offloading": ("held here", run.held / dense.held),
+        "mapping": ("held of those reserved", run.held / max(run.reserved, 1)),
     }
     for effect in subject.card.effects:
         what, share = measured[effect]

@@ -37,6 +37,7 @@ class Arena:
         bytes: uint8 `[capacity, page_nbytes]`; another tensor after `take` has outgrown it.
         users: int64 on the host: how often tables name each page; pages past its end were never used.
         shared: How many times a page is named beyond its first.
+        mapping: What `bytes` is a view of, where memory can be given back; else None.
     """
 
     def __init__(self, page_nbytes: int, device: torch.device) -> None:
@@ -45,7 +46,7 @@ class Arena:
         self.shared = 0
         self._free: list[int] = []
         self._high = 0
-        self._map: mmap.mmap | None = None
+        self.mapping: mmap.mmap | None = None
         self.users = torch.zeros(0, dtype=torch.int64)
         self.bytes = torch.empty(0, page_nbytes, dtype=torch.uint8, device=device)
 
@@ -57,7 +58,7 @@ class Arena:
     @property
     def nbytes(self) -> int:
         """Bytes of memory held: of the pages in use, or without `madvise` of all that were ever needed at once."""
-        return (self.pages if self._map is not None else len(self.bytes)) * self.page_nbytes
+        return (self.pages if self.mapping is not None else len(self.bytes)) * self.page_nbytes
 
     def take(self, count: int) -> Tensor:
         """Pages for a table that nobody else names.
@@ -96,20 +97,20 @@ class Arena:
         empty = pages[self.users[pages] == 0].unique()
         self.shared -= len(pages) - len(empty)
         self._free += empty.tolist()
-        if self._map is not None:
+        if self.mapping is not None:
             for start, stop in _runs(empty, self.users, self.page_nbytes):
-                _release(self._map, start * self.page_nbytes, stop * self.page_nbytes)
+                release(self.mapping, start * self.page_nbytes, stop * self.page_nbytes)
 
     def _grow(self, pages: int) -> None:
         """Reserve room for at least so many pages and move what is in use there, amortised O(1) per page."""
-        old, old_map = self.bytes, self._map
-        fresh, self._map = _memory(pages, self.page_nbytes, len(old), self.device)
+        old, old_map = self.bytes, self.mapping
+        fresh, self.mapping = _memory(pages, self.page_nbytes, len(old), self.device)
         stretch = max(1, STRETCH // self.page_nbytes)
         for start in range(0, self._high, stretch):
             used = self.users[start : start + stretch].nonzero().flatten().to(self.device) + start
             fresh[used] = old[used]
             if old_map is not None:
-                _release(old_map, start * self.page_nbytes, min(start + stretch, self._high) * self.page_nbytes)
+                release(old_map, start * self.page_nbytes, min(start + stretch, self._high) * self.page_nbytes)
         self.bytes = fresh
 
 
@@ -131,7 +132,7 @@ def _memory(pages: int, page_nbytes: int, before: int, device: torch.device) -> 
         raise MemoryError(f"no memory for {room * page_nbytes:,} bytes of keys and values: {error}") from error
 
 
-def _release(mapping: mmap.mmap, start: int, stop: int) -> None:
+def release(mapping: mmap.mmap, start: int, stop: int) -> None:
     """Give the system's pages that lie within bytes start .. stop - 1 back to it."""
     start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
     if start < stop:

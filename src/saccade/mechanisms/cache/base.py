@@ -150,9 +150,10 @@ def compose(
     store = Everything(store) if isinstance(store, Storage) else store
     for name, policy in (("keep", keep), ("read", read), ("store", store)):
         require(policy is None or isinstance(policy, CachePolicy), name, policy, "a CachePolicy, or None")
-    if store is not None and type(store).settle is not CachePolicy.settle:
+    if store is not None and type(store).store is not CachePolicy.store:
         alone = keep is None and read is None
-        require(alone, "store", store, "no policy that evicts or selects beside one that packs tokens as they age")
+        require(alone, "store", store, "no policy that evicts or selects beside one whose stores have a form of their "
+                "own: packed as tokens age, contiguous, or in another process")  # fmt: skip
         return store
     parts = [Everything() if policy is None else policy for policy in (keep, read, store)]
     _refuse_partial_attention(parts[0], read is not None and type(read).read is not CachePolicy.read)

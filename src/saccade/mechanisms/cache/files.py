@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saccade.mechanisms.cache._packed import PackedStore
+from saccade.mechanisms.cache.remote import RemoteStore
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.store import KVStore
 
@@ -39,8 +40,11 @@ def save_stores(path: str | os.PathLike[str], stores: Sequence[KVStore], about: 
     """
     from safetensors.torch import save_file
 
-    if any(isinstance(store, PackedStore) for store in stores):
-        raise ValueError("stores: expected KVStores without packed groups (KIVI, ZipCache), which have no file format")
+    if any(isinstance(store, PackedStore | RemoteStore) for store in stores):
+        raise ValueError(
+            "stores: expected KVStores without packed groups (KIVI, ZipCache) and not in another process (Lamina, "
+            "InstInfer), which have no file format"
+        )
     tensors: dict[str, Tensor] = {}
     layers = []
     for number, store in enumerate(stores):

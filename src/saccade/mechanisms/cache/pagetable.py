@@ -115,15 +115,15 @@ class PageTable:
         """A part of every slot up to the greatest length, copied page by page: `[B, G, n, width]`."""
         used = self._used()
         pages = self.table[:, :, : used.shape[2]].masked_fill(~used, 0)
-        return self.parts[name][pages].flatten(2, 3)[:, :, : self.longest]
+        return self.parts[name][:, : self._rows()][pages].flatten(2, 3)[:, :, : self.longest]
 
     def fill(self, name: str, x: Tensor) -> None:
         """Overwrite a part of every slot and of what lies past the end by `x` `[B, G, n, width]`, page by page."""
-        used = self._used()
+        used, rows = self._used(), self._rows()
         self._own(used)
-        whole = torch.nn.functional.pad(x, (0, 0, 0, used.shape[2] * self.layout.size - x.shape[2]))
-        into = self.parts[name]
-        into[self.table[:, :, : used.shape[2]][used]] = whole.unflatten(2, (-1, self.layout.size))[used].to(into.dtype)
+        whole = torch.nn.functional.pad(x, (0, 0, 0, used.shape[2] * rows - x.shape[2]))
+        into = self.parts[name][:, :rows]
+        into[self.table[:, :, : used.shape[2]][used]] = whole.unflatten(2, (-1, rows))[used].to(into.dtype)
 
     def write(self, slots: Slots, parts: dict[str, Tensor]) -> None:
         """Overwrite parts of tokens, each given as `[*shape of the slots, width]`."""
@@ -179,6 +179,10 @@ class PageTable:
         """Which entries of the table hold tokens, bool `[B, G, T]` with T those of the longest head."""
         need = self._pages(self.lengths)
         return torch.arange(-(-self.longest // self.layout.size), device=need.device) < need[..., None]
+
+    def _rows(self) -> int:
+        """Rows of a page that hold tokens: all, or as many as the longest head has where that is on one page."""
+        return min(self.layout.size, max(1, self.longest))
 
     def _own_pages_of(self, slots: Slots) -> None:
         """As `_own`, before tokens are written to."""

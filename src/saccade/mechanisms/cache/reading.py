@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saccade.mechanisms.cache._packed import PackedStore, attend_tiers
+from saccade.mechanisms.cache.remote import RemoteStore
 from saccade.mechanisms.cache.store import KVStore
 from saccade.mechanisms.cache.tiered import TieredStore, attend_tiered
 from saccade.ops import decode_attend, decode_scores
@@ -43,6 +44,10 @@ def attend_stored(
     Raises:
         ValueError: If shapes do not fit.
     """
+    if isinstance(store, RemoteStore):
+        if slots is not None or window is not None:
+            raise ValueError(f"slots or window={window}: expected neither over {store!r} in an attention worker")
+        return store.attend(q, scale=scale, softcap=softcap, impl=impl)
     dtype, channels, query = q.dtype, store.channels, q
     scale = q.shape[3] ** -0.5 if scale is None else scale
     cache = None
