@@ -37,6 +37,17 @@ def test_dry_run_lists_and_stops(saved, tmp_path):
     assert not out.exists()
 
 
+def test_dry_run_lists_caches_where_fewer_bytes_are_wanted(saved, tmp_path):
+    arguments = ["tune", str(saved), "--context", "1024", "--dry-run", "--out", str(tmp_path / "out")]
+    result = runner.invoke(app, [*arguments, "--cache-budget", "0.5"])
+    assert result.exit_code == 0, result.output
+    assert "search caches" in result.output
+    assert "cache: keep snapkv(tokens=512, window=32" in result.output
+    assert "cache: store bits=8" in result.output
+    assert "quest: selecting: holds as many bytes as dense attention does" in result.output
+    assert "  cache: " not in runner.invoke(app, arguments).output
+
+
 def test_run_generates_with_a_recipe(saved, byte_model, tmp_path):
     recipe = tmp_path / "recipe.json"
     Recipe.uniform(byte_model[0], "sink_window", {"window": 8, "sinks": 2}, decode=False).save(recipe)

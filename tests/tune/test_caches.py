@@ -8,10 +8,13 @@ pytest.importorskip("transformers")
 
 import torch
 
+from saccade.catalog import cards
 from saccade.kernels import cpu
-from saccade.plug import LayerCache
-from saccade.tune.caches import exact_cache
+from saccade.mechanisms.cache.storage import Storage
+from saccade.plug import LayerCache, PolicyChoice
+from saccade.tune.caches import FORMS, combined, exact_cache, find_cache_candidates
 from saccade.tune.candidates import DENSE, Candidate
+from saccade.types import Kind
 
 needs_kernel = pytest.mark.skipif(cpu.missing() is not None, reason="the C++ engine is not there")
 
@@ -47,3 +50,28 @@ def test_a_model_that_refuses_pages_says_why(byte_model, monkeypatch):
     assert exact_cache(byte_model[0], Candidate(DENSE)) == (None, "the model cannot use a PagedCache: no pages")
     ids = torch.arange(1, 5)[None]
     assert byte_model[0](ids).logits.isfinite().all()  # and the recipe is gone
+
+
+def test_candidates_come_from_the_registry():
+    candidates, left_out = find_cache_candidates(2048)
+    assert candidates[0].cache == LayerCache()
+    policies = {card.name: card for card in cards() if card.kind is Kind.CACHE_POLICY}
+    used = {part.policy for c in candidates for part in (c.cache.keep, c.cache.store) if isinstance(part, PolicyChoice)}
+    assert used | set(left_out) == set(policies)
+    assert used.isdisjoint(left_out)
+    assert all(policies[name].effects & {"evicting", "packing"} for name in used)
+    assert left_out["quest"] == "selecting: holds as many bytes as dense attention does"
+    assert len({c.key for c in candidates}) == len({c.label for c in candidates}) == len(candidates)
+    assert [c.cache.store for c in candidates if isinstance(c.cache.store, Storage)] == list(FORMS)
+
+
+def test_each_evicting_candidate_is_combined_with_each_storage():
+    candidates, _ = find_cache_candidates(2048)
+    evicting = sum(c.cache.keep is not None for c in candidates)
+    options = combined(candidates)
+    assert len(options) == len(candidates) + evicting * len(FORMS)
+    for cache, places in options:
+        parts = [candidates[place].cache for place in places]
+        assert cache.keep == parts[0].keep
+        assert cache.store == parts[-1].store
+        cache.build()

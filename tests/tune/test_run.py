@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("matplotlib")
 
 from saccade.kernels import cpu
 from saccade.plug import Recipe, apply
+from saccade.plug.cache_recipe import in_words
 from saccade.tune import Progress, plan_tuning, tune
 from saccade.tune.heldout import DECODE_TOKENS
 
@@ -101,6 +103,52 @@ def test_without_a_kernel_the_recipe_has_no_cache_and_the_report_says_so(byte_mo
     assert "no kernel here" in (tmp_path / "report.html").read_text()
 
 
+def test_caches_that_hold_less_are_searched_and_measured(byte_model, tmp_path, monkeypatch):
+    model, tokenizer = byte_model
+    monkeypatch.setattr("saccade.tune.cache_search.SLOWER", math.inf)  # a tiny model's steps are all overhead
+    notes = Notes()
+    options = OPTIONS | {"mechanisms": ["sink_window"], "cache_budget": 0.4}
+    result = tune(model, tokenizer, tmp_path, progress=notes, **options)
+    report, summary = result.report, result.report["summary"]
+    assert "search caches" in notes.stages
+    assert Recipe.load(tmp_path / "recipe.json") == result.recipe
+    (kept,) = [trial for trial in report["search"]["caches"] if trial["kept"]]
+    assert kept["share"] <= 0.4
+    assert kept["rise"] <= 0.5
+    assert summary["cache"]["tuned"] != "PagedCache: everything"
+    assert [layer["cache"] for layer in report["layers"]] == [
+        in_words(layer.cache.build()) for layer in result.recipe.layers.values()
+    ]
+    cut = summary["after_the_cut"]
+    assert cut["tokens"] == 256
+    assert cut["kv_bytes"]["tuned"] < 0.6 * cut["kv_bytes"]["dense"]
+    assert cut["perplexity_rise"] == pytest.approx(cut["perplexity"]["tuned"] / cut["perplexity"]["dense"] - 1)
+    rows = {row["name"]: row for row in report["heldout"]["table"]}
+    assert float(rows["key/value cache"]["ratio"]) == pytest.approx(
+        summary["kv_bytes"]["tuned"] / summary["kv_bytes"]["dense"], abs=1e-3
+    )
+    assert "perplexity of the last 256 tokens, cache cut before" in rows
+    assert [target["name"] for target in report["targets"]][-3:] == [
+        "bytes of keys and values, against dense", "perplexity after the cache was cut",
+        "pass keys asked after the cache was cut",
+    ]  # fmt: skip
+    page = (tmp_path / "report.html").read_text()
+    assert "Caches measured end to end" in page
+    assert kept["caches"] in page
+    assert "quest" in report["left_out"]
+
+
+def test_where_no_cache_holds_the_recipe_keeps_everything(byte_model, tmp_path, monkeypatch):
+    model, tokenizer = byte_model
+    monkeypatch.setattr("saccade.tune.cache_search.MARGIN", -1e6)
+    options = OPTIONS | {"mechanisms": ["sink_window"], "cache_budget": 0.4}
+    result = tune(model, tokenizer, tmp_path, **options)
+    assert {layer["cache"] for layer in result.report["layers"]} <= {"everything", None}
+    assert result.report["summary"]["after_the_cut"] is None
+    (row,) = [target for target in result.report["targets"] if target["name"].startswith("bytes of keys")]
+    assert not row["met"]
+
+
 def test_a_killed_run_continues(byte_model, tmp_path):
     model, tokenizer = byte_model
     with pytest.raises(KeyboardInterrupt):
@@ -141,6 +189,8 @@ def test_a_plan_lists_without_running(byte_model):
         ({"context": 8192}, "context=8192: expected at most the model's 4096 positions"),
         ({"budget": 0.0}, "budget=0.0: expected a relative rise"),
         ({"budget": 2.0}, "budget=2.0: expected a relative rise"),
+        ({"cache_budget": 0.0}, "cache_budget=0.0: expected a part of the dense cache's bytes in (0, 1), or None"),
+        ({"cache_budget": 1.0}, "cache_budget=1.0: expected a part of the dense cache's bytes in (0, 1), or None"),
         ({"mechanisms": ["mobba"]}, "unknown mechanism 'mobba'; did you mean 'moba'"),
     ],
 )

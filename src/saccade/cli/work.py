@@ -79,13 +79,19 @@ def tune_command(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer candidates, rounds and pass keys.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be tried, and stop.")] = False,
     mechanism: Annotated[list[str] | None, typer.Option(help="Only these mechanisms.")] = None,
+    cache_budget: Annotated[
+        float | None,
+        typer.Option(help="Part of the dense cache's bytes to aim for, such as 0.5; none keeps everything."),
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Find what each layer can bear, prove it on held-out text, write a recipe and a report."""
     from saccade.tune import plan_tuning, tune
 
     loaded, tokenizer = load_model(model, device, dtype)
-    plan = plan_tuning(loaded, context=context, budget=budget, quick=quick, seed=seed, mechanisms=mechanism)
+    plan = plan_tuning(
+        loaded, context=context, budget=budget, quick=quick, seed=seed, mechanisms=mechanism, cache_budget=cache_budget
+    )
     console.print(
         f"{len(plan.candidates)} candidates of {len({c.mechanism for c in plan.candidates})} mechanisms per layer, "
         f"{context:,} tokens, at most {budget:.2%} more perplexity; about {plan.total_minutes:.0f} minutes"
@@ -97,6 +103,8 @@ def tune_command(
         console.print(table)
         for candidate in plan.candidates:
             console.print(f"  {candidate.label}", highlight=False)
+        for cache in plan.caches:
+            console.print(f"  cache: {cache.label}", highlight=False)
         for name, why in plan.left_out.items():
             console.print(f"  [dim]{name}: {why}[/]", highlight=False)
         return
@@ -104,7 +112,8 @@ def tune_command(
     with BarProgress(console, plan) as progress:
         result = tune(
             loaded, tokenizer, out, text=text, context=context, budget=budget, quick=quick, seed=seed,
-            mechanisms=mechanism, name="SmolLM2-135M-Instruct" if model == BUILT_IN else model,
+            mechanisms=mechanism, cache_budget=cache_budget,
+            name="SmolLM2-135M-Instruct" if model == BUILT_IN else model,
             command=shlex.join(["saccade", *sys.argv[1:]]), progress=progress,
         )  # fmt: skip
     print_summary(result.report)

@@ -56,27 +56,43 @@ def score_model(
         found: Called with each layer's name and scores.
         exact: Dense attention, as the model runs meanwhile.
     """
-    residuals: dict[str, Tensor] = {}
     history: list[list[CandidateScore]] = []
 
-    def observe(seen: Observation) -> None:
-        rows = known(seen.layer)
+    def see(layer: str, inputs: LayerInputs) -> None:
+        rows = known(layer)
         if rows is None:
-            focus = calibration.focus.to(seen.q.device)
-            scale = seen.q.shape[3] ** -0.5 if seen.scale is None else seen.scale
-            inputs = LayerInputs(
-                seen.q, seen.k, seen.v, scale, output_projection(seen), residuals.get(seen.layer), focus
-            )
             rows = score_layer(inputs, candidates, history)
-            found(seen.layer, rows)
+            found(layer, rows)
         history.append(rows)
+
+    each_layer(model, calibration, exact, see)
+
+
+def each_layer(
+    model: nn.Module, calibration: Calibration, recipe: Recipe, see: Callable[[str, LayerInputs], None]
+) -> None:
+    """Run the model once and show what each layer's attention sees.
+
+    Args:
+        model: A transformers causal language model.
+        calibration: What to run.
+        recipe: What the layers run meanwhile.
+        see: Called with each layer's name and inputs, in order.
+    """
+    residuals: dict[str, Tensor] = {}
+
+    def observe(seen: Observation) -> None:
+        focus = calibration.focus.to(seen.q.device)
+        scale = seen.q.shape[3] ** -0.5 if seen.scale is None else seen.scale
+        residual = residuals.get(seen.layer)
+        see(seen.layer, LayerInputs(seen.q, seen.k, seen.v, scale, output_projection(seen), residual, focus))
 
     hooks = [
         parent.register_forward_pre_hook(_keep_norm(residuals, name), with_kwargs=True)
         for name, parent in decoder_layers(model).items()
     ]
     try:
-        with torch.no_grad(), watch(model, observe, exact):
+        with torch.no_grad(), watch(model, observe, recipe):
             last_hidden_states(model, calibration.ids)
     finally:
         for hook in hooks:

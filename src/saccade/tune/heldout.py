@@ -13,7 +13,9 @@ from torch import Tensor
 from saccade.bench.measure import peak_bytes, synchronise
 from saccade.models.passkey import Passkey, passkey_results
 from saccade.models.tasks import pair_score
-from saccade.plug import Recipe, apply, explain
+from saccade.plug import LayerCache, Recipe, apply, explain
+from saccade.tune.cache_read import read_tail, tail_answers, tail_nll
+from saccade.tune.cache_score import tail_length
 
 ARMS = ("dense", "tuned")
 DECODE_TOKENS = 32
@@ -36,11 +38,15 @@ class Runner:
     Args:
         model: A transformers causal language model.
         recipe: The recipe of the tuned arm.
+
+    Attributes:
+        cuts: Whether its caches hold less than everything as it comes.
     """
 
     def __init__(self, model: Any, recipe: Recipe) -> None:
         self.model = model
         self.recipe = recipe
+        self.cuts = any(layer.cache not in (None, LayerCache()) for layer in recipe.layers.values())
         self.device = str(model.device)
 
     def arm(self, name: str) -> AbstractContextManager[Any]:
@@ -101,9 +107,29 @@ def measure_window(runner: Runner, window: Tensor, number: int) -> dict[str, Any
             "prefill": seconds, "decode": decode, "kv_bytes": cache_bytes(cache), "cache": cache_in_words(cache),
         }  # fmt: skip
         del cache
+    if runner.cuts:
+        row["tail"] = {name: measure_tail(runner, window, name) for name in ARMS}
     score = pair_score(runner.model, hidden["dense"], hidden["tuned"], window)
     row["dense"]["nll"], row["tuned"]["nll"], row["kl"] = score
     return row
+
+
+def measure_tail(runner: Runner, window: Tensor, name: str) -> dict[str, Any]:
+    """The end of a window `[N]`, read over what one arm's cache kept of the beginning: likelihood and bytes held."""
+    from saccade.plug.cache import cache_bytes
+
+    tail = tail_length(window.numel())
+    with runner.arm(name):
+        hidden, cache = read_tail(runner.model, window.to(runner.device), tail, runner.make_cache(name))
+    nll = tail_nll(runner.model, hidden, window[-tail:])
+    return {"tokens": tail, "nll": nll, "kv_bytes": cache_bytes(cache)}
+
+
+def measure_later(runner: Runner, tokenizer: Any, prompts: list[Passkey], name: str) -> list[bool]:
+    """Whether one arm finds each pass key when the question comes after its cache was cut."""
+    with runner.arm(name):
+        answers = tail_answers(runner.model, tokenizer, prompts, lambda: runner.make_cache(name))
+    return [answer.found for answer in answers]
 
 
 def measure_passkeys(runner: Runner, tokenizer: Any, prompts: list[Passkey], name: str) -> list[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from saccade.bench.measure import gemm_gflops, interleaved
 from saccade.ops import attend
+from saccade.tune.caches import CacheCandidate
 from saccade.tune.candidates import Candidate
 
 LINEAR_SHARE = 0.8
@@ -19,6 +21,10 @@ TIMED_TOKENS = 2048
 
 SHORTEST_QUESTION = 256
 """Tokens that a pass-key prompt has at least."""
+
+CACHE_TRIALS, TAIL_COST, CACHE_SCORE_SECONDS = 2, 1.2, 0.1
+"""Trials of caches that are usual, the time of a prompt and its tail over that of a prompt alone, and the time of
+scoring a cache in a layer, for the estimate."""
 
 PART_OF_DENSE = 0.36
 """Time of scoring an average candidate against dense attention of all queries, for the estimate."""
@@ -37,6 +43,7 @@ class Settings:
         picture: Tokens of the text that pictures are drawn from.
         questions: Pass keys to ask for on held-out text: tokens of the prompt, and depth of the key in it.
         trial_questions: The same for the mixtures tried in the search, on calibration text.
+        cache_budget: Part of the dense cache's bytes to aim for; None keeps everything.
     """
 
     context: int
@@ -47,9 +54,12 @@ class Settings:
     picture: int
     questions: tuple[tuple[int, float], ...]
     trial_questions: tuple[tuple[int, float], ...]
+    cache_budget: float | None = None
 
     @classmethod
-    def make(cls, context: int, budget: float, seed: int, *, quick: bool) -> Settings:
+    def make(
+        cls, context: int, budget: float, seed: int, *, quick: bool, cache_budget: float | None = None
+    ) -> Settings:
         """Checked settings of a full or a quick run.
 
         Args:
@@ -57,17 +67,22 @@ class Settings:
             budget: Largest allowed relative rise in perplexity, in (0, 1].
             seed: Of the pass keys.
             quick: Fewer confirmations, rounds and pass keys.
+            cache_budget: Part of the dense cache's bytes to aim for, in (0, 1), or None.
 
         Returns:
             The settings.
 
         Raises:
-            ValueError: If `context` or `budget` is out of range.
+            ValueError: If `context` or a budget is out of range.
         """
         if context < 256:
             raise ValueError(f"context={context}: expected at least 256 tokens")
         if not 0 < budget <= 1:
             raise ValueError(f"budget={budget}: expected a relative rise in perplexity in (0, 1], such as 0.01 for 1%")
+        if cache_budget is not None and not 0 < cache_budget < 1:
+            raise ValueError(
+                f"cache_budget={cache_budget}: expected a part of the dense cache's bytes in (0, 1), or None"
+            )
         lengths = [n for n in (context // 4, context // 2) if n >= SHORTEST_QUESTION]
         depths = (0.5,) if quick else (0.1, 0.5, 0.9)
         questions = tuple((n, depth) for n in lengths for depth in depths)
@@ -77,7 +92,7 @@ class Settings:
         return cls(
             context, budget, seed, 2 if quick else 3, 1 if quick else 3, context // 2 if quick else context,
             questions + tuple((context, depth) for depth in at_context),
-            questions + tuple((context, depth) for depth in trials),
+            questions + tuple((context, depth) for depth in trials), cache_budget,
         )  # fmt: skip
 
 
@@ -91,6 +106,7 @@ class Plan:
         left_out: Other mechanisms and why.
         minutes: Estimated minutes of each stage on this machine.
         prefill_seconds: Estimated time of one dense prefill.
+        caches: Caches that will be scored in every layer.
     """
 
     settings: Settings
@@ -98,6 +114,7 @@ class Plan:
     left_out: dict[str, str]
     minutes: dict[str, float] = field(default_factory=dict)
     prefill_seconds: float = 0.0
+    caches: tuple[CacheCandidate, ...] = ()
 
     @property
     def total_minutes(self) -> float:
@@ -105,7 +122,10 @@ class Plan:
         return sum(self.minutes.values())
 
 
-def make_plan(model: Any, settings: Settings, candidates: list[Candidate], left_out: dict[str, str]) -> Plan:
+def make_plan(
+    model: Any, settings: Settings, candidates: list[Candidate], left_out: dict[str, str],
+    caches: Sequence[CacheCandidate] = (),
+) -> Plan:  # fmt: skip
     """Estimate the stages from the model's size and this machine's speed in matrix products and attention."""
     config = model.config.get_text_config()
     device = str(model.device)
@@ -130,7 +150,11 @@ def make_plan(model: Any, settings: Settings, candidates: list[Candidate], left_
         "pass keys": keys,
         "pictures and report": 1.2 * prefill(settings.picture, "saccade"),
     }
-    return Plan(settings, tuple(candidates), left_out, {k: v / 60 for k, v in seconds.items()}, dense)
+    if settings.cache_budget is not None:
+        scoring = tuned + attention + len(caches) * CACHE_SCORE_SECONDS * config.num_hidden_layers
+        seconds["search caches"] = scoring + CACHE_TRIALS * TAIL_COST * trial_keys
+        seconds["measure on held-out text"] += TAIL_COST * settings.rounds * (dense + tuned)
+    return Plan(settings, tuple(candidates), left_out, {k: v / 60 for k, v in seconds.items()}, dense, tuple(caches))
 
 
 def _seconds_per_pair(model: Any, settings: Settings) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from saccade.bench.measure import describe_machine
 from saccade.plug import Recipe, fingerprint
+from saccade.plug.cache_recipe import in_words
 from saccade.report.page import megabytes, percent, seconds, signed
 from saccade.tune.candidates import Candidate
 from saccade.tune.confirm import Trial
@@ -41,7 +42,9 @@ class ReportParts:
     rounds: list[dict[str, Any]]
     splits: dict[str, dict[str, float]]
     passkeys: dict[str, list[bool]]
+    later: dict[str, list[bool]] | None
     without_cache: str
+    cache_trials: list[dict[str, Any]]
     examples: list[dict[str, Any]]
     elapsed: float
 
@@ -66,7 +69,8 @@ def report_data(model: Any, parts: ReportParts) -> dict[str, Any]:
         "text": parts.text,
         "settings": {
             "context": settings.context, "budget": settings.budget, "seed": settings.seed,
-            "confirmations": settings.confirmations, "rounds": settings.rounds, "sampled": SAMPLED,
+            "cache_budget": settings.cache_budget, "confirmations": settings.confirmations, "rounds": settings.rounds,
+            "sampled": SAMPLED,
         },
         "summary": summary,
         "targets": targets(parts, summary),
@@ -105,6 +109,22 @@ def summarise(parts: ReportParts) -> dict[str, Any]:
         "cache": {arm: parts.rounds[0][arm]["cache"] for arm in ARMS},
         "passkey": {arm: sum(parts.passkeys[arm]) for arm in ARMS},
         "passkeys_asked": len(parts.passkeys["dense"]),
+        "after_the_cut": _after_the_cut(parts),
+    }
+
+
+def _after_the_cut(parts: ReportParts) -> dict[str, Any] | None:
+    """What was read over caches that hold less than everything; None if none do."""
+    if parts.later is None:
+        return None
+    tails = [row["tail"] for row in parts.rounds]
+    nll = {arm: statistics.fmean(tail[arm]["nll"] for tail in tails) for arm in ARMS}
+    return {
+        "tokens": tails[0]["dense"]["tokens"],
+        "perplexity": {arm: math.exp(nll[arm]) for arm in ARMS},
+        "perplexity_rise": math.exp(nll["tuned"] - nll["dense"]) - 1,
+        "kv_bytes": {arm: tails[0][arm]["kv_bytes"] for arm in ARMS},
+        "passkey": {arm: sum(parts.later[arm]) for arm in ARMS},
     }
 
 
@@ -147,6 +167,29 @@ def targets(parts: ReportParts, summary: dict[str, Any]) -> list[dict[str, Any]]
             "name": "time of a decoded token, against dense", "wanted": "at most 1.00×", "got": f"{decoding:.2f}×",
             "met": decoding <= 1,
         })  # fmt: skip
+    return rows + _cache_targets(parts, summary)
+
+
+def _cache_targets(parts: ReportParts, summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was wanted of caches that hold less."""
+    wanted, cut = parts.plan.settings.cache_budget, summary["after_the_cut"]
+    if wanted is None:
+        return []
+    share = summary["kv_bytes"]["tuned"] / summary["kv_bytes"]["dense"]
+    rows = [{
+        "name": "bytes of keys and values, against dense", "wanted": f"at most {percent(wanted, 0)}",
+        "got": percent(share, 1), "met": share <= wanted,
+    }]  # fmt: skip
+    if cut is not None:
+        budget = parts.plan.settings.budget
+        rows += [
+            {"name": "perplexity after the cache was cut", "wanted": f"at most {percent(budget)} more",
+             "got": signed(cut["perplexity_rise"]), "met": cut["perplexity_rise"] <= budget},
+            {"name": "pass keys asked after the cache was cut",
+             "wanted": f"no fewer than dense ({cut['passkey']['dense']})",
+             "got": f"{cut['passkey']['tuned']} of {summary['passkeys_asked']}",
+             "met": cut["passkey"]["tuned"] >= cut["passkey"]["dense"]},
+        ]  # fmt: skip
     return rows
 
 
@@ -161,10 +204,16 @@ def heldout(parts: ReportParts, summary: dict[str, Any]) -> dict[str, Any]:
     table = [
         row("prefill, median", summary["prefill_seconds"], seconds),
         row("one decoded token, median", summary["decode_seconds"], seconds),
-        row("perplexity", summary["perplexity"], lambda x: f"{x:.4f}"),
+        row("perplexity", summary["perplexity"], "{:.4f}".format),
         row("peak memory of a prefill", summary["peak_bytes"], megabytes),
         row("key/value cache", summary["kv_bytes"], megabytes),
     ]
+    cut = summary["after_the_cut"]
+    if cut is not None:
+        table += [
+            row(f"perplexity of the last {cut['tokens']} tokens, cache cut before", cut["perplexity"], "{:.4f}".format),
+            row("pass keys asked after the cut", cut["passkey"], str),
+        ]
     table.append({"name": "mean KL(dense ‖ tuned), nats", "dense": "–", "tuned": f"{summary['kl']:.5f}", "ratio": "–"})
     each = ", ".join(f"{ratio:.2f}×" for ratio in summary["prefill_speedup_each"])
     steps = len(parts.rounds[0]["dense"]["decode"])
@@ -198,7 +247,9 @@ def layers(parts: ReportParts) -> list[dict[str, Any]]:
                 "heads": heads, "mechanism": candidate.mechanism, "label": parts.candidates[number].label,
                 "density": density, "min_tokens": choice.min_tokens,
             })  # fmt: skip
-        rows.append({"key": name, "choices": cells, "dense_seconds": scores[0].seconds})
+        cache = parts.recipe.layers[name].cache
+        words = None if cache is None else in_words(cache.build())
+        rows.append({"key": name, "choices": cells, "dense_seconds": scores[0].seconds, "cache": words})
     return rows
 
 
@@ -241,4 +292,5 @@ def search(parts: ReportParts) -> dict[str, Any]:
              "holds": trial.holds, "kept": trial is parts.kept}
             for trial in parts.trials
         ],
+        "caches": parts.cache_trials,
     }  # fmt: skip
