@@ -14,16 +14,19 @@ from saccade.mechanisms.cache.recycled import Recycled
 from saccade.mechanisms.cache.sink_recent import SinkRecent
 
 
-def ranking(queries: Tensor, keys: Tensor) -> list[int]:
-    """Tokens by the greatest softmax weight that one of the queries `[S, D]` gives them, the best first."""
+def ranking(queries: Tensor, keys: Tensor, kernel: int) -> list[int]:
+    """Tokens by the greatest softmax weight that one of the queries `[S, D]` gives them or a neighbour, best first."""
     weights = [(keys @ query / math.sqrt(len(query))).softmax(0) for query in queries]
     greatest = [max(float(row[j]) for row in weights) for j in range(len(keys))]
-    return sorted(range(len(keys)), key=lambda j: -greatest[j])
+    reach = kernel // 2
+    pooled = [max(greatest[max(0, j - reach) : j + reach + 1]) for j in range(len(keys))]
+    return sorted(range(len(keys)), key=lambda j: -pooled[j])
 
 
 def alike(a: Tensor, b: Tensor) -> float:
-    """Mean cosine over heads."""
-    return sum(float(x @ y / x.norm() / y.norm()) for x, y in zip(a, b, strict=True)) / len(a)
+    """Cosine of the means over heads."""
+    x, y = sum(a) / len(a), sum(b) / len(b)
+    return float(x @ y / x.norm() / y.norm())
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, prompt: int, policy: Recycled) -> tuple[Tensor, list[list[int]]]:
@@ -56,7 +59,7 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, prompt: int, policy: Recycled) -> tu
                     full[b].append(i)
                 since, asked = 0, q[b, :, i]
                 for g in range(groups):
-                    best = ranking(q[b, g * share : (g + 1) * share, i], k[b, g, : i + 1])
+                    best = ranking(q[b, g * share : (g + 1) * share, i], k[b, g, : i + 1], policy.kernel)
                     lists[g] = best[: policy.tokens]
     return out, full
 
@@ -79,12 +82,14 @@ def steps(policy, q: Tensor, k: Tensor, v: Tensor, prompt: int) -> tuple[Tensor,
 
 
 @pytest.mark.parametrize(
-    ("heads", "groups", "tokens", "stride", "prompt"),
-    [(4, 2, 6, 4, 12), (2, 2, 3, 7, 9), (3, 1, 40, 2, 10), (4, 4, 5, 1, 6), (2, 1, 16, 5, 1)],
+    ("heads", "groups", "tokens", "stride", "prompt", "kernel"),
+    [(4, 2, 6, 4, 12, 1), (2, 2, 3, 7, 9, 3), (3, 1, 40, 2, 10, 7), (4, 4, 5, 1, 6, 1), (2, 1, 16, 5, 1, 5)],
 )
-def test_fixed_stride_matches_the_oracle(heads: int, groups: int, tokens: int, stride: int, prompt: int) -> None:
+def test_fixed_stride_matches_the_oracle(
+    heads: int, groups: int, tokens: int, stride: int, prompt: int, kernel: int
+) -> None:
     q, k, v = inputs(heads, groups, 27)
-    policy = Recycled(tokens=tokens, stride=stride)
+    policy = Recycled(tokens, stride, None, kernel)
     out, layer, _ = steps(policy, q, k, v, prompt)
     expected, full = oracle(q, k, v, prompt, policy)
     assert full[0] == list(range(prompt + stride - 1, 27, stride))
@@ -99,7 +104,7 @@ def test_dynamic_stride_matches_the_oracle_and_sequences_decide_alone(
     q, k, v = inputs(4, 2, 30)
     q[1] = q[1, :, :1] + 0.7 * q[1]  # alike
     q[1, :, 22:24] *= -1
-    policy = Recycled(tokens=tokens, stride=stride, similarity=similarity)
+    policy = Recycled(tokens, stride, similarity, kernel=1)
     out, _, _ = steps(policy, q, k, v, 11)
     expected, full = oracle(q, k, v, 11, policy)
     assert len(full[0]) > len(full[1]) > 0
@@ -108,7 +113,7 @@ def test_dynamic_stride_matches_the_oracle_and_sequences_decide_alone(
 
 def test_bytes_of_recycled_and_full_steps() -> None:
     q, k, v = inputs(4, 2, 20)
-    _, _, read = steps(Recycled(tokens=6, stride=3), q, k, v, 14)
+    _, _, read = steps(Recycled(tokens=6, stride=3, similarity=None), q, k, v, 14)
     lists, token, key = 2 * 2, (8 + 5) * 8, 8 * 8
     full = [lists * n * (token + key) for n in (17, 20)]
     assert read == [lists * 6 * token, lists * 6 * token, full[0], lists * 6 * token, lists * 6 * token, full[1]]
@@ -141,7 +146,7 @@ def test_by_hand() -> None:
     """Query heads 0 and 1 look at tokens 1 and 3: both are listed; the new token takes the place of the weaker."""
     k = torch.zeros(1, 1, 5, 2, dtype=torch.float64)
     k[0, 0, 1, 0], k[0, 0, 3, 1] = 9.0, 7.0
-    layer = CachedAttention(Recycled(tokens=2, stride=9))
+    layer = CachedAttention(Recycled(tokens=2, stride=9, similarity=None, kernel=1))
     layer(torch.eye(2, dtype=torch.float64).view(1, 2, 1, 2).expand(1, 2, 5, 2), k, k)
     assert layer.kept.derived["recycled"].tensors["order"].tolist() == [[[1, 3]]]
     layer.kept.append(k[:, :, :1], k[:, :, :1])
@@ -156,3 +161,5 @@ def test_bad_settings() -> None:
         Recycled(stride=0)
     with pytest.raises(ValueError, match=r"similarity=1.5: expected a cosine from -1 to 1, or None"):
         Recycled(similarity=1.5)
+    with pytest.raises(ValueError, match="kernel=2: expected an odd number, at least 1"):
+        Recycled(kernel=2)

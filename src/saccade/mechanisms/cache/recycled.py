@@ -10,6 +10,7 @@ from torch import Tensor
 from saccade.catalog import register
 from saccade.mechanisms.base import require
 from saccade.mechanisms.cache._derived import Derived, between, key_nbytes, listed, recall
+from saccade.mechanisms.cache._votes import pooled
 from saccade.mechanisms.cache.base import CachePolicy, Step
 from saccade.mechanisms.cache.reading import score_stored
 from saccade.mechanisms.cache.store import KVStore
@@ -23,8 +24,9 @@ LIST = "recycled"
     Kind.CACHE_POLICY,
     summary="Decoding reads the tokens that the last full step attended to most; a full step comes by stride or need.",
     papers=("Recycled Attention: Efficient inference for long-context language models",),
+    other_papers=("RefreshKV: Updating Small KV Cache During Long-form Generation",),
     year=2024,
-    code="carriex/recycled-attention",
+    code="carriex/refreshkv",
     patterns=frozenset({Pattern.CAUSAL_SELF}),
     supports=frozenset({"chunks", "gqa"}),
     training_free=True,
@@ -34,10 +36,8 @@ LIST = "recycled"
     heads_share=True,
     deviations=(
         (
-            "Written from the paper's description; the authors' code was not at hand. Where that leaves a choice open: "
-            "query heads that share a key count with the greatest of their weights, the similarity of two tokens is "
-            "the mean cosine over heads, and the token that leaves the list for a new one is that with the least "
-            "weight in the last full step; tokens that came since have none and stay."
+            "The rule is that of the paper's later version, RefreshKV; its code could not be read. `kernel=1` ranks by "
+            "single weights, as the first version has it."
         ),
         (
             "The authors copy the recycled tokens to a second, small cache; here a list says where they lie, and the "
@@ -49,36 +49,41 @@ LIST = "recycled"
             "tokens is dense, and its last token makes the list."
         ),
     ),
-    example={"tokens": 8, "stride": 3},
+    example={"tokens": 8, "stride": 3, "similarity": None, "kernel": 3},
     exact=lambda n: {"tokens": n},
-    ladder=lambda n: tuple({"tokens": max(n // part, 1), "stride": 5} for part in (32, 16, 8, 4, 2)),
-    at_budget=lambda b: {"tokens": b.count, "stride": 10, "similarity": 0.8},
+    ladder=lambda n: tuple(
+        {"tokens": max(n // part, 1), "stride": 5, "similarity": None, "kernel": 1} for part in (32, 16, 8, 4, 2)
+    ),
+    at_budget=lambda b: {"tokens": b.count, "stride": 10, "similarity": 0.85},
 )
 @dataclass(frozen=True)
 class Recycled(CachePolicy):
     """Between full steps, a key/value head reads `tokens` tokens: the best of the last full step, and all since.
 
-    A full step ranks tokens by its softmax weights, the greatest among the query heads that share a key. Each token
-    that is decoded then joins the list, and the one with the least weight leaves it. Nothing is evicted. Every
-    `stride`-th step is full; with `similarity` it is only if the mean cosine between its queries and those of the last
-    full step is below. Layers and sequences decide for themselves.
+    A full step ranks tokens by its softmax weights, the greatest among the query heads that share a key and among
+    `kernel` neighbours. Each token that is decoded then joins the list, and the one with the least weight leaves it.
+    Nothing is evicted. Every `stride`-th step is full; with `similarity` it is only if the cosine of the mean of its
+    queries over heads to that of the last full step is below. Layers and sequences decide for themselves.
 
     Args:
         tokens: Tokens that a recycled step reads per key/value head, K in the paper.
-        stride: Steps from one full step, or look at the queries, to the next, S in the paper; 1 with no `similarity`
-            is dense.
-        similarity: Least cosine at which a list is used on, s in the paper (0.8 there); None for a fixed stride.
+        stride: Steps from one full step, or look at the queries, to the next; the paper has 5 and 10 for looks.
+        similarity: Least cosine at which a list is used on, 0.85 for Llama-3.1-8B and 0.95 for Qwen2-7B in the paper;
+            None for a fixed stride, with `stride=1` dense attention.
+        kernel: Neighbours that weights are pooled over, odd; 1 for none.
     """
 
     tokens: int = 4096
-    stride: int = 50
-    similarity: float | None = None
+    stride: int = 10
+    similarity: float | None = 0.85
+    kernel: int = 7
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1, "tokens", self.tokens, "at least 1 token")
         require(self.stride >= 1, "stride", self.stride, "at least 1 step")
         fits = self.similarity is None or -1 <= self.similarity <= 1
         require(fits, "similarity", self.similarity, "a cosine from -1 to 1, or None")
+        require(self.kernel >= 1 and self.kernel % 2 == 1, "kernel", self.kernel, "an odd number, at least 1")
 
     def read(self, q: Tensor, store: KVStore, step: Step) -> TokenIndex | None:  # noqa: ARG002
         """All in full steps and for several tokens, else the list and what came since, `[B, G, 1, K]`."""
@@ -105,17 +110,18 @@ class Recycled(CachePolicy):
             if found.changes == store.changes:  # else its slots are elsewhere: the next step is full
                 store.derived[LIST] = self._renewed(found, q, store, step, full)
             return
-        tensors = {"order": self.ranked(q, store, step), "query": q[:, :, -1].clone()}
+        tensors = {"order": self.ranked(q, store, step), "query": q[:, :, -1].mean(1)}
         store.derived[LIST] = Derived(store.changes, {**tensors, "lengths": store.lengths, "full": full})
 
     def ranked(self, q: Tensor, store: KVStore, step: Step) -> Tensor:
-        """Slots by the weight that the last query gives them, the greatest first, `[B, G, min(tokens, n)]`; -1 past."""
+        """Slots by their pooled weight for the last query, greatest and earliest first, `[B, G, min(tokens, n)]`."""
         step.choosing += int(store.lengths.sum()) * key_nbytes(store)
         weights = score_stored(q[:, :, -1:], store, scale=step.scale).softmax(-1)
-        received = weights[:, :, 0].unflatten(1, (store.lengths.shape[1], -1)).amax(2)
-        received = received.masked_fill(~store.present, -torch.inf)
-        highest, order = received.topk(min(self.tokens, len(store)), dim=-1)
-        return order.masked_fill(highest == -torch.inf, -1)
+        hidden = ~store.present
+        received = weights[:, :, 0].unflatten(1, (store.lengths.shape[1], -1)).amax(2).masked_fill(hidden, -torch.inf)
+        received = pooled(received, self.kernel, "max").masked_fill(hidden, -torch.inf)
+        highest, order = received.sort(dim=-1, descending=True, stable=True)  # neighbours are equal where pooled
+        return order.masked_fill(highest == -torch.inf, -1)[:, :, : self.tokens]
 
     def _renewed(self, found: Derived, q: Tensor, store: KVStore, step: Step, full: Tensor) -> Derived:
         """`found`, with new lists for the sequences `full`, bool `[B]`."""
@@ -126,7 +132,7 @@ class Recycled(CachePolicy):
         order = old.new_full((*old.shape[:2], max(old.shape[2], fresh.shape[2])), -1)
         order[:, :, : old.shape[2]] = old
         order[rows] = torch.nn.functional.pad(fresh, (0, order.shape[2] - fresh.shape[2]), value=-1)
-        query = torch.where(full[:, None, None], q[:, :, -1], found.tensors["query"])
+        query = torch.where(full[:, None], q[:, :, -1].mean(1), found.tensors["query"])
         lengths = torch.where(full[:, None], store.lengths, found.tensors["lengths"])
         return Derived(store.changes, {"order": order, "query": query, "lengths": lengths, "full": full})
 
@@ -134,7 +140,7 @@ class Recycled(CachePolicy):
         """Whether each sequence's query differs enough from that of its last full step, bool `[B]`."""
         if self.similarity is None:
             return torch.ones_like(q[:, 0, 0, 0], dtype=torch.bool)
-        return torch.cosine_similarity(q[:, :, 0], before, dim=-1).mean(1) < self.similarity
+        return torch.cosine_similarity(q[:, :, 0].mean(1), before, dim=-1) < self.similarity
 
 
 __all__ = ["Recycled"]
