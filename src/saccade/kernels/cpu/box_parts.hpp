@@ -91,8 +91,9 @@ inline void measure(const Boxes& p, const int32_t* first, const int32_t* last, R
 // Whether a token's scores and the rows that it sees stay in the cache.
 inline bool fits(const Room& room) { return room.planes * room.rows * room.longest <= PAIRS; }
 
-// Parts of `rows` rows.
+// Parts of `rows` rows, or a few more, so that all but the last group are whole.
 inline void cut_sheet(const Sheet& sheet, int64_t rows, RowSide* side) {
+  rows = (rows + engine->box_rows.group - 1) / engine->box_rows.group * engine->box_rows.group;
   const int64_t total = sheet.size[0] * sheet.size[1], width = width_of_parts(sheet.size[2]);
   for (int64_t from = 0; from < total; from += rows)
     for (int64_t left = 0; left < sheet.size[2]; left += width)

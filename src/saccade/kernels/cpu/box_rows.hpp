@@ -3,148 +3,12 @@
 // every product is of a pair that is kept. Where windows do not move by one from lane to lane (at the borders) a shuffle
 // puts the columns in place. A few rows of this side share what is read.
 #pragma once
+#include "box_slides.hpp"
 #include "problem_boxes.hpp"
 #include "rows.hpp"
 #include "scores.hpp"
 
 namespace saccade::SACCADE_ISA {
-
-constexpr int ROW_GROUP = LANES == 16 ? 3 : 2;  // rows that share what is read, and columns that are worked on at a time:
-constexpr int ROW_SPAN = LANES == 16 ? 7 : 4;   // their product accumulators fit the registers
-
-// What the lanes of a tile see along the last axis.
-struct Window {
-  int64_t base;       // column of the ring that the first lane sees first
-  int longest;        // columns that a lane sees, at most
-  bool straight;      // all lanes see as many, each from one column further than the lane before
-  bool near;          // first columns differ by less than a vector
-  vi place, length;   // first column of each lane, from `base`; how many it sees
-};
-
-// How to take the j-th column of each lane from `column`, that of the first lane; 0 where a lane sees fewer.
-struct Straight {
-  INLINE vf take(const float* column, int) { return load(column); }
-};
-
-struct Bent {
-  vi place, length;
-  vf take(const float* column, int j) const {
-    vf x = __builtin_shuffle(load(column), place);
-    return splat(j) < length ? x : vf{};
-  }
-};
-
-struct Scattered {
-  vi place, length;
-  vf take(const float* column, int j) const {
-    vf x = {};
-    for (int i = 0; i < LANES; ++i)
-      if (j < length[i]) x[i] = column[place[i]];
-    return x;
-  }
-};
-
-// A row of the other side from where the first lane sees it: [channels][width].
-struct Slid {
-  const float* columns;
-  int64_t width;
-  int channels, length;
-};
-
-// out[r][j][lane] = sum over channels of mine[r][channel][lane] * (the j-th column of the lane)[channel]
-template <int R, int J, class Take>
-INLINE void slide_product(const Slid& other, int from, const Take& take, const float* mine, int64_t apart, float* out,
-                          int64_t out_apart) {
-  vf acc[R][J];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < J; ++j) acc[r][j] = vf{};
-  const float* columns = other.columns + from;
-  for (int d = 0; d < other.channels; ++d, columns += other.width, mine += LANES) {
-    vf row[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) row[r] = load(mine + r * apart);
-#pragma GCC unroll 8
-    for (int j = 0; j < J; ++j) {
-      vf x = take.take(columns + j, from + j);
-      if constexpr (R > 1) x = hold(x);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[r][j] += row[r] * x;
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < J; ++j) store(out + r * out_apart + (from + j) * LANES, acc[r][j]);
-}
-
-// out[r][channel][lane] += sum over j of weights[r][j][lane] * (the j-th column of the lane)[channel]
-template <int R, int J, class Take>
-INLINE void slide_accumulate(const Slid& other, int from, const Take& take, const float* weights, int64_t apart, float* out,
-                             int64_t out_apart) {
-  vf weight[R][J];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < J; ++j) weight[r][j] = load(weights + r * apart + (from + j) * LANES);
-  const float* columns = other.columns + from;
-  for (int e = 0; e < other.channels; ++e, columns += other.width, out += LANES) {
-    vf acc[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) acc[r] = load(out + r * out_apart);
-#pragma GCC unroll 8
-    for (int j = 0; j < J; ++j) {
-      vf x = take.take(columns + j, from + j);
-      if constexpr (R > 1) x = hold(x);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[r] += weight[r][j] * x;
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) store(out + r * out_apart, acc[r]);
-  }
-}
-
-// Calls work<J>(from) for runs of J columns that make up `length`.
-template <class Work>
-INLINE void in_spans(int length, const Work& work) {
-  int from = 0;
-  for (; from + ROW_SPAN <= length; from += ROW_SPAN) work.template operator()<ROW_SPAN>(from);
-  if constexpr (ROW_SPAN > 5)
-    for (; from + 5 <= length; from += 5) work.template operator()<5>(from);
-  for (; from + 3 <= length; from += 3) work.template operator()<3>(from);
-  for (; from < length; ++from) work.template operator()<1>(from);
-}
-
-template <int R, class Take>
-static void slide_products(const Slid& other, const Take& take, const float* mine, int64_t apart, float* out, int64_t out_apart) {
-  in_spans(other.length, [&]<int J>(int from) __attribute__((always_inline)) {
-    slide_product<R, J>(other, from, take, mine, apart, out, out_apart);
-  });
-}
-
-template <int R, class Take>
-static void slide_sums(const Slid& other, const Take& take, const float* weights, int64_t apart, float* out, int64_t out_apart) {
-  in_spans(other.length, [&]<int J>(int from) __attribute__((always_inline)) {
-    slide_accumulate<R, J>(other, from, take, weights, apart, out, out_apart);
-  });
-}
-
-template <class Work>
-INLINE void with_rows(int count, const Work& work) {
-  if (count == 1) work.template operator()<1>();
-  if (count == 2) work.template operator()<2>();
-  if constexpr (ROW_GROUP > 2)
-    if (count == 3) work.template operator()<3>();
-}
-
-template <class Work>
-INLINE void with_take(const Window& window, const Work& work) {
-  if (window.straight) return work(Straight{});
-  if constexpr (LANES > 4)  // a shuffle by variable places is one instruction
-    if (window.near) return work(Bent{window.place, window.length});
-  work(Scattered{window.place, window.length});
-}
 
 struct RowScratch {
   float *ring, *ring_too;    // [slot][dim or value_dim][width]: rows of the other side, k and v or q and grad_out
@@ -161,6 +25,16 @@ constexpr int RUNS = 8 * ROW_GROUP;
 struct Run {
   const char* place;
   int64_t apart, bytes, left;
+};
+
+// Rows of one head of a tensor.
+struct Source {
+  Rows rows;
+  int64_t head;
+  int32_t storage;
+  int64_t dim;
+
+  int64_t apart(const Sheet& sheet) const { return sheet.step[2] * rows.row_stride * (storage == FP32 ? 4 : 2); }
 };
 
 class BoxRows {
@@ -198,67 +72,23 @@ class BoxRows {
   }
 
   void forward(int64_t h) {
-    head = h;
-    group = h / (p.heads / p.kv_heads);
-    for (int64_t i = 0; i < room.planes * room.rows; ++i) s.held[i] = -1;
-    each_group([&] {
-      each_seen([&](int64_t, int64_t row, int slot, int, int) {
-        if (s.held[slot] == row) return;
-        s.held[slot] = row;
-        fetch(p.k, group, p.storage, p.dim, row, s.ring + slot * p.dim * width_of(room));
-        fetch(p.v, group, p.storage, p.value_dim, row, s.ring_too + slot * p.value_dim * width_of(room));
-      });
-      if (expect_others(p.k, group, p.storage, p.dim) && expect_others(p.v, group, p.storage, p.value_dim))
-        expect_own(p.q, head, p.storage, p.dim);
-      ration(2);
-      each_tile([&] { forward_tile(); });
-    });
+    enter(h);
+    each_tile(keys(), values(), {queries()}, 2, [&] { forward_tile(); });
   }
 
   // Gradients of queries, and delta = grad_out . out - grad_lse, which the keys' turn needs.
   void backward_queries(int64_t h) {
-    head = h;
-    group = h / (p.heads / p.kv_heads);
-    for (int64_t i = 0; i < room.planes * room.rows; ++i) s.held[i] = -1;
-    each_group([&] {
-      each_seen([&](int64_t, int64_t row, int slot, int, int) {
-        if (s.held[slot] == row) return;
-        s.held[slot] = row;
-        fetch(p.k, group, p.storage, p.dim, row, s.ring + slot * p.dim * width_of(room));
-        fetch(p.v, group, p.storage, p.value_dim, row, s.ring_too + slot * p.value_dim * width_of(room));
-      });
-      if (expect_others(p.k, group, p.storage, p.dim) && expect_others(p.v, group, p.storage, p.value_dim)) {
-        expect_own(p.q, head, p.storage, p.dim);
-        expect_own(rows_at(p.grad_out), head, FP32, p.value_dim);
-        expect_own(rows_at(p.out), head, FP32, p.value_dim);
-      }
-      ration(3);
-      each_tile([&] { queries_tile(); });
-    });
+    enter(h);
+    each_tile(keys(), values(), {queries(), grads(), outs()}, 3, [&] { queries_tile(); });
   }
 
   // Gradients of keys and values, from all heads that read them, one after another.
   void backward_keys(int64_t g) {
-    group = g;
-    int64_t shared = p.heads / p.kv_heads;
-    for (head = g * shared; head < (g + 1) * shared; ++head) {
-      bool begins = head == g * shared, ends = head == (g + 1) * shared - 1;
-      for (int64_t i = 0; i < room.planes * room.rows; ++i) s.held[i] = -1;
-      each_group([&] {
-        each_seen([&](int64_t, int64_t row, int slot, int, int) {
-          if (s.held[slot] == row) return;
-          s.held[slot] = row;
-          fetch(p.q, head, p.storage, p.dim, row, s.ring + slot * p.dim * width_of(room));
-          fetch(rows_at(p.grad_out), head, FP32, p.value_dim, row, s.ring_too + slot * p.value_dim * width_of(room));
-          fetch_numbers(row, slot * width_of(room));
-        });
-        if (expect_others(p.q, head, p.storage, p.dim) && expect_others(rows_at(p.grad_out), head, FP32, p.value_dim)) {
-          expect_own(p.k, group, p.storage, p.dim);
-          expect_own(p.v, group, p.storage, p.value_dim);
-        }
-        ration(4);
-        each_tile([&] { keys_tile(begins, ends); });
-      });
+    const int64_t shared = p.heads / p.kv_heads, first = g * shared, end = first + shared;
+    turned = true;
+    for (int64_t h = first; h < end; ++h) {
+      enter(h);
+      each_tile(queries(), grads(), {keys(), values()}, 4, [&] { keys_tile(h == first, h == end - 1); });
     }
   }
 
@@ -270,6 +100,7 @@ class BoxRows {
   RowScratch s;
   const int64_t b;
   int64_t head = 0, group = 0;
+  bool turned = false;           // keys lie across the lanes, and what they see are queries
   int64_t origin, columns;       // of the other side that this part sees
   int64_t plane = 0, line = 0;   // of the group's first row
   int count = 0;                 // rows of the group
@@ -291,29 +122,49 @@ class BoxRows {
   }
   int64_t first_token(int r) const { return token(plane * sheet.size[1] + line + r, left); }
 
-  // A contiguous fp32 tensor [B, H, N, E].
-  Rows rows_at(const float* data) const {
-    return {data, p.heads * tokens() * p.value_dim, tokens() * p.value_dim, p.value_dim};
+  Source queries() const { return {p.q, head, p.storage, p.dim}; }
+  Source keys() const { return {p.k, group, p.storage, p.dim}; }
+  Source values() const { return {p.v, group, p.storage, p.value_dim}; }
+  Source grads() const { return contiguous(p.grad_out, p.heads, head, p.value_dim); }
+  Source outs() const { return contiguous(p.out, p.heads, head, p.value_dim); }
+  Source contiguous(const float* data, int64_t heads, int64_t h, int64_t dim) const {
+    return {{data, heads * tokens() * dim, tokens() * dim, dim}, h, FP32, dim};
   }
 
-  template <class Work>
-  void each_group(const Work& work) {
+  void enter(int64_t h) {
+    head = h;
+    group = h / (p.heads / p.kv_heads);
+    for (int64_t i = 0; i < room.planes * room.rows; ++i) s.held[i] = -1;
+  }
+
+  // Calls work() for every tile, group of rows by group of rows, with the rows that it sees of `other` and `other_too` in the
+  // rings. `mine` is what is read of the group's own tokens, `uses` how often work reads a row of the other side.
+  template <int N, class Work>
+  void each_tile(const Source& other, const Source& other_too, const Source (&mine)[N], int64_t uses, const Work& work) {
     for (int64_t row = part.from; row < part.to; row += count) {
       plane = row / sheet.size[1];
       line = row % sheet.size[1];
       int64_t most = part.to - row < sheet.size[1] - line ? part.to - row : sheet.size[1] - line;
       count = int(most < ROW_GROUP ? most : ROW_GROUP);
+      each_seen([&](int64_t, int64_t seen, int slot, int, int) {
+        if (s.held[slot] == seen) return;
+        s.held[slot] = seen;
+        fetch(other, seen, s.ring + slot * other.dim * width_of(room));
+        fetch(other_too, seen, s.ring_too + slot * other_too.dim * width_of(room));
+        if (turned) fetch_numbers(seen, slot * width_of(room));
+      });
       pending = 0;
-      work();
-    }
-  }
-
-  template <class Work>
-  void each_tile(const Work& work) {
-    for (left = part.left; left < part.right; left += LANES) {
-      live = int(part.right - left < LANES ? part.right - left : LANES);
-      look();
-      work();
+      if (coming() > 0) {
+        expect_others(other);
+        expect_others(other_too);
+        for (const Source& x : mine) expect_own(x);
+      }
+      ration(uses);
+      for (left = part.left; left < part.right; left += LANES) {
+        live = int(part.right - left < LANES ? part.right - left : LANES);
+        look();
+        work();
+      }
     }
   }
 
@@ -338,25 +189,21 @@ class BoxRows {
     return rest < here ? (rest < ROW_GROUP ? rest : ROW_GROUP) : (here < ROW_GROUP ? here : ROW_GROUP);
   }
 
-  void expect(const Rows& x, int64_t h, int32_t storage, int64_t dim, int64_t row, int64_t column, int64_t tokens) {
-    const int64_t size = storage == FP32 ? 4 : 2;
-    if (pending < RUNS)
-      runs[pending++] = {row_of(x, b, h, token(row, column), storage), sheet.step[2] * x.row_stride * size, dim * size, tokens};
+  void expect(const Source& x, int64_t row, int64_t column, int64_t tokens) {
+    const char* place = row_of(x.rows, b, x.head, token(row, column), x.storage);
+    if (pending < RUNS) runs[pending++] = {place, x.apart(sheet), x.dim * (x.storage == FP32 ? 4 : 2), tokens};
   }
 
-  // Those rows of the other side that the next group sees and this one does not; whether there is a next group.
-  bool expect_others(const Rows& x, int64_t h, int32_t storage, int64_t dim) {
-    const int64_t next = coming();
-    if (next <= 0) return false;
+  // Those rows of the other side that the next group sees and this one does not.
+  void expect_others(const Source& x) {
     const int32_t* last = sheet.last[1] + line + count - 1;
     for (int64_t z = sheet.first[0][plane]; z <= sheet.last[0][plane]; ++z)
-      for (int64_t y = last[0] + 1; y <= last[next]; ++y) expect(x, h, storage, dim, z * sheet.size[1] + y, origin, columns);
-    return true;
+      for (int64_t y = last[0] + 1; y <= last[coming()]; ++y) expect(x, z * sheet.size[1] + y, origin, columns);
   }
 
-  void expect_own(const Rows& x, int64_t h, int32_t storage, int64_t dim) {
+  void expect_own(const Source& x) {
     const int64_t row = plane * sheet.size[1] + line + count;
-    for (int64_t r = 0; r < coming(); ++r) expect(x, h, storage, dim, row + r, part.left, part.right - part.left);
+    for (int64_t r = 0; r < coming(); ++r) expect(x, row + r, part.left, part.right - part.left);
   }
 
   // Spreads what is expected over `uses` calls of ask for every row that every tile sees.
@@ -381,26 +228,27 @@ class BoxRows {
     const int32_t *first = sheet.first[2], *last = sheet.last[2];
     window.base = first[left] - origin;
     window.longest = 0;
-    window.straight = window.near = true;
+    window.even = window.straight = window.near = true;
     for (int i = 0; i < LANES; ++i) {
       int64_t x = left + (i < live ? i : live - 1);
       int length = last[x] < first[x] ? 0 : last[x] - first[x] + 1;
       window.place[i] = first[x] - first[left];
       window.length[i] = length;
       if (length > window.longest) window.longest = length;
-      if (window.place[i] != i || length != window.length[0]) window.straight = false;
+      if (length != window.length[0]) window.even = false;
+      if (window.place[i] != i || !window.even) window.straight = false;
       if (window.place[i] >= LANES) window.near = false;
     }
   }
 
   // A row of the other side, transposed. Beyond its end the last column is repeated; nobody uses that.
-  void fetch(const Rows& x, int64_t h, int32_t storage, int64_t dim, int64_t row, float* out) {
+  void fetch(const Source& x, int64_t row, float* out) {
     const char* place[LANES];
+    const int64_t apart = x.apart(sheet);
     for (int64_t c = 0; c < columns; c += LANES) {
-      const char* start = row_of(x, b, h, token(row, origin + c), storage);
-      int64_t apart = sheet.step[2] * x.row_stride * (storage == FP32 ? 4 : 2);
+      const char* start = row_of(x.rows, b, x.head, token(row, origin + c), x.storage);
       for (int i = 0; i < LANES; ++i) place[i] = start + (c + i < columns ? i : columns - 1 - c) * apart;
-      pack_rows(place, storage, dim, 1.0f, out + c, width_of(room), 2 * LANES * apart);
+      pack_rows(place, x.storage, x.dim, 1.0f, out + c, width_of(room), 2 * LANES * apart);
     }
   }
 
@@ -415,13 +263,13 @@ class BoxRows {
   }
 
   // Rows of this side's tokens, times `factor`, across the lanes; what lies in lanes without a token nobody uses.
-  void pack(const Rows& x, int64_t h, int32_t storage, int64_t dim, float factor, float* out) {
+  void pack(const Source& x, float factor, float* out) {
     const char* place[LANES];
+    const int64_t apart = x.apart(sheet);
     for (int r = 0; r < count; ++r) {
-      const char* start = row_of(x, b, h, first_token(r), storage);
-      int64_t apart = sheet.step[2] * x.row_stride * (storage == FP32 ? 4 : 2);
+      const char* start = row_of(x.rows, b, x.head, first_token(r), x.storage);
       for (int i = 0; i < LANES; ++i) place[i] = start + (i < live ? i : live - 1) * apart;
-      pack_rows(place, storage, dim, factor, out + r * dim * LANES, LANES, LANES * apart);
+      pack_rows(place, x.storage, x.dim, factor, out + r * x.dim * LANES, LANES, LANES * apart);
     }
   }
 
@@ -462,7 +310,7 @@ class BoxRows {
 
   void forward_tile() {
     const int64_t apart = pairs_of(room) * LANES, base = (b * p.heads + head) * tokens();
-    pack(p.q, head, p.storage, p.dim, p.scale * LOG2E, s.mine);
+    pack(queries(), p.scale * LOG2E, s.mine);
     each_seen([&](int64_t number, int64_t, int slot, int from, int to) {
       products(s.ring, p.dim, slot, from, to, s.mine, s.scores + number * window.longest * LANES, apart);
     });
@@ -488,7 +336,7 @@ class BoxRows {
     scores += (first[r] - first[0]) * window.longest * LANES;
     vf high = splat(-INF), total = {};
     for (int64_t z = 0; z < planes; ++z) {
-      if (!window.straight) hide(scores + z * next, scores + z * next + pairs);
+      if (!window.even) hide(scores + z * next, scores + z * next + pairs);
       for (int64_t i = 0; i < pairs; i += LANES) {
         vf x = load(scores + z * next + i);
         high = x > high ? x : high;
@@ -517,8 +365,8 @@ class BoxRows {
 
   void queries_tile() {
     const int64_t base = (b * p.heads + head) * tokens(), apart = room.longest * LANES;
-    pack(rows_at(p.out), head, FP32, p.value_dim, 1.0f, s.mine);
-    pack(rows_at(p.grad_out), head, FP32, p.value_dim, 1.0f, s.mine_too);
+    pack(outs(), 1.0f, s.mine);
+    pack(grads(), 1.0f, s.mine_too);
     for (int r = 0; r < count; ++r) {
       const int64_t start = base + first_token(r), place = r * p.value_dim * LANES;
       vf product = {};
@@ -534,7 +382,7 @@ class BoxRows {
       }
       delta[r] = product;
     }
-    pack(p.q, head, p.storage, p.dim, p.scale * LOG2E, s.mine);
+    pack(queries(), p.scale * LOG2E, s.mine);
     clear(s.total, p.dim);
     each_seen([&](int64_t, int64_t, int slot, int from, int to) {
       products(s.ring, p.dim, slot, from, to, s.mine, s.scores, apart);
@@ -548,15 +396,14 @@ class BoxRows {
 
   void keys_tile(bool begins, bool ends) {
     const int64_t base = (b * p.kv_heads + group) * tokens(), apart = room.longest * LANES;
-    pack(p.k, group, p.storage, p.dim, p.scale * LOG2E, s.mine);
-    pack(p.v, group, p.storage, p.value_dim, 1.0f, s.mine_too);
+    pack(keys(), p.scale * LOG2E, s.mine);
+    pack(values(), 1.0f, s.mine_too);
     if (begins) {
       clear(s.total, p.dim);
       clear(s.total_too, p.value_dim);
     } else {
-      pack({p.dk, p.kv_heads * tokens() * p.dim, tokens() * p.dim, p.dim}, group, FP32, p.dim, 1.0f, s.total);
-      pack({p.dv, p.kv_heads * tokens() * p.value_dim, tokens() * p.value_dim, p.value_dim}, group, FP32, p.value_dim, 1.0f,
-           s.total_too);
+      pack(contiguous(p.dk, p.kv_heads, group, p.dim), 1.0f, s.total);
+      pack(contiguous(p.dv, p.kv_heads, group, p.value_dim), 1.0f, s.total_too);
     }
     each_seen([&](int64_t, int64_t, int slot, int from, int to) {
       products(s.ring, p.dim, slot, from, to, s.mine, s.scores, apart);

@@ -16,7 +16,6 @@ AXES = 3
 """Axes that the engine knows; fewer are filled up with axes of one token in front."""
 
 _Axes = _size * AXES
-_ORIGIN = torch.zeros(AXES, dtype=torch.int32, device="cpu")  # windows of axes of one token
 
 ACROSS = ("cheaper", "tiles", "rows")
 """What may lie across the lanes: compact tiles of tokens, which share the keys that any of them sees, or rows, which
@@ -32,6 +31,7 @@ class Boxes(ctypes.Structure):
         ("storage", _int), ("threads", _int), ("q", Rows), ("k", Rows), ("v", Rows), ("out", _pointer),
         ("lse", _pointer), ("scale", _float), ("grad_out", _pointer), ("grad_lse", _pointer), ("delta", _pointer),
         ("dq", _pointer), ("dk", _pointer), ("dv", _pointer), ("across", _int),
+        ("missing", _int),
     )  # fmt: skip
 
 
@@ -41,16 +41,15 @@ def _problem(
 ) -> tuple[Boxes, list[Tensor]]:  # fmt: skip
     """The problem, and the tensors that must outlive it."""
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    missing = AXES - len(sizes)
-    ones, origin = (1,) * missing, _ORIGIN[:missing]
-    ends = torch.cat((origin, first.int(), origin, last.int()))
+    first, last = (x if x.dtype == torch.int32 and x.is_contiguous() else x.int().contiguous() for x in (first, last))
+    ones = (1,) * (AXES - len(sizes))
     problem = Boxes(
         q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3],
-        _Axes(*ones, *sizes), _Axes(*ones, *map(min, dilation, sizes)), ends.data_ptr(),
-        ends[len(ends) // 2 :].data_ptr(), STORAGE[q.dtype], torch.get_num_threads(),
-        Rows.of(q), Rows.of(k), Rows.of(v), scale=scale, across=ACROSS.index(across),
+        _Axes(*ones, *sizes), _Axes(*ones, *map(min, dilation, sizes)), first.data_ptr(), last.data_ptr(),
+        STORAGE[q.dtype], torch.get_num_threads(), Rows.of(q), Rows.of(k), Rows.of(v), scale=scale,
+        across=ACROSS.index(across), missing=len(ones),
     )  # fmt: skip
-    return problem, [q, k, v, ends]
+    return problem, [q, k, v, first, last]
 
 
 def _check(code: int) -> None:

@@ -147,28 +147,52 @@ int run(const Boxes& p, const int32_t* first, const int32_t* last, int64_t heads
   return by_rows ? run_rows(p, rows, heads, pass) : run_tiles(p, tiles, heads, pass);
 }
 
+// The problem with windows of all three axes; those of an axis of one token are 0 .. 0.
+struct Whole {
+  std::vector<int32_t> first, last;
+  Boxes problem;
+
+  explicit Whole(const Boxes& p) : first(size_t(p.missing)), last(size_t(p.missing)), problem(p) {
+    int64_t given = 0;
+    for (int i = p.missing; i < 3; ++i) given += p.size[i];
+    first.insert(first.end(), p.first, p.first + given);
+    last.insert(last.end(), p.last, p.last + given);
+    problem.first = first.data();
+    problem.last = last.data();
+    problem.missing = 0;
+  }
+};
+
+int forward(const Boxes& p) {
+  if (!sound(p)) return 2;
+  return run(p, p.first, p.last, p.heads, {engine->boxes.forward, engine->box_rows.forward});
+}
+
+int backward(const Boxes& p) {
+  if (!sound(p)) return 2;
+  Pass queries{engine->boxes.backward_queries, engine->box_rows.backward_queries};
+  Pass keys{engine->boxes.backward_keys, engine->box_rows.backward_keys};
+  if (run(p, p.first, p.last, p.heads, queries)) return 1;
+  const size_t total = size_t(p.size[0] + p.size[1] + p.size[2]);
+  std::vector<int32_t> first(total), last(total);
+  turn(p, &first, &last);
+  return run(p, first.data(), last.data(), p.kv_heads, keys);
+}
+
 }  // namespace
 
 // 0; 1 if memory ran out; 2 if the windows are not what they must be.
 EXPORT int saccade_boxes(const Boxes* p) {
-  if (!sound(*p)) return 2;
   try {
-    return run(*p, p->first, p->last, p->heads, {engine->boxes.forward, engine->box_rows.forward});
+    return forward(Whole(*p).problem);
   } catch (const std::bad_alloc&) {
     return 1;
   }
 }
 
 EXPORT int saccade_boxes_backward(const Boxes* p) {
-  if (!sound(*p)) return 2;
   try {
-    Pass queries{engine->boxes.backward_queries, engine->box_rows.backward_queries};
-    Pass keys{engine->boxes.backward_keys, engine->box_rows.backward_keys};
-    if (run(*p, p->first, p->last, p->heads, queries)) return 1;
-    int64_t total = p->size[0] + p->size[1] + p->size[2];
-    std::vector<int32_t> first(total), last(total);
-    turn(*p, &first, &last);
-    return run(*p, first.data(), last.data(), p->kv_heads, keys);
+    return backward(Whole(*p).problem);
   } catch (const std::bad_alloc&) {
     return 1;
   }

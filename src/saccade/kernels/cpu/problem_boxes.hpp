@@ -9,7 +9,7 @@ namespace saccade {
 struct Boxes {
   int64_t batch, heads, kv_heads, dim, value_dim;
   int64_t size[3], dilation[3];
-  const int32_t *first, *last;  // [size[0] + size[1] + size[2]], one axis after another; rising within a dilation's class
+  const int32_t *first, *last;  // of the axes after `missing`, one after another; rising within a dilation's class
   int32_t storage, threads;
   Rows q, k, v;
   float* out;  // [B, H, N, E]
@@ -19,6 +19,7 @@ struct Boxes {
   float* delta;                      // [B, H, N], written and read again
   float *dq, *dk, *dv;               // [B, H, N, D], [B, G, N, D], [B, G, N, E]
   int32_t across;                    // the lanes: 0 what is cheaper, 1 compact tiles, 2 rows
+  int32_t missing;                   // leading axes of one token, which have no windows; 0 once inside the engine
 };
 
 // `count` tokens of an axis, start, start + dilation ..., side by side across the lanes; all they see is low .. high.

@@ -37,21 +37,30 @@ INLINE vf hold(vf x) {
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vi splat(int32_t x) { return x - vi{}; }
 
-// 2^x to the last bit but one; 0 below -126, NaN stays NaN.
-INLINE vf exp2v(vf x) {
-  const vf low = splat(-150.0f), magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  vf y = x < low ? low : x;
-  vf shifted = y + magic;
-  vf f = y - (shifted - magic);
+INLINE vf exp2_polynomial(vf f) {
   vf p = splat(1.546144746e-4f);  // minimax for (2^f - 1) / f on [-1/2, 1/2]: 5e-9
   p = p * f + 1.339086735e-3f;
   p = p * f + 9.618056670e-3f;
   p = p * f + 5.550357104e-2f;
   p = p * f + 2.402265092e-1f;
   p = p * f + 6.931471880e-1f;
-  p = p * f + 1.0f;
-  vf scaled = (vf)((vi)p + ((vi)shifted << 23));
+  return p * f + 1.0f;
+}
+
+// 2^x to the last bit but one; 0 below -126, NaN stays NaN.
+INLINE vf exp2v(vf x) {
+#if defined(__AVX512F__)
+  const __m512 y = (__m512)x, whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __mmask16 normal = _mm512_cmp_ps_mask(y, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_scalef_ps(normal, (__m512)exp2_polynomial(x - (vf)whole), whole);
+#else
+  const vf low = splat(-150.0f), magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  vf y = x < low ? low : x;
+  vf shifted = y + magic;
+  vf f = y - (shifted - magic);
+  vf scaled = (vf)((vi)exp2_polynomial(f) + ((vi)shifted << 23));
   return x < -126.0f ? vf{} : scaled;
+#endif
 }
 
 // Natural logarithm to about the last bit, for normal numbers; NaN and infinity give NaN.

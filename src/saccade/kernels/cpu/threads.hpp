@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace saccade {
@@ -30,6 +31,41 @@ void team(int threads, Body& body) {
   }
 }
 
+struct KeptMemory {
+  char* place = nullptr;
+  int64_t size = 0;
+  ~KeptMemory() { std::free(place); }
+};
+
+// A thread's scratch, 64-byte aligned. While it is small the thread keeps it for its next call: fresh pages cost a fault each,
+// at every call more than some kernels take in all. What is kept is ours while we live, as a unit may share out work itself.
+class ThreadMemory {
+ public:
+  explicit ThreadMemory(int64_t bytes) : place(std::exchange(kept.place, nullptr)), size(std::exchange(kept.size, 0)) {
+    if (place && size >= bytes) return;
+    std::free(place);
+    place = static_cast<char*>(std::aligned_alloc(64, size_t((bytes + 127) / 64 * 64)));
+    size = bytes;
+  }
+  ThreadMemory(const ThreadMemory&) = delete;
+  ~ThreadMemory() {
+    if (size > MOST_KEPT || kept.place) {
+      std::free(place);
+    } else {
+      kept.place = place;
+      kept.size = size;
+    }
+  }
+
+  char* get() const { return place; }
+
+ private:
+  static constexpr int64_t MOST_KEPT = int64_t(1) << 20;
+  static inline thread_local KeptMemory kept;
+  char* place;
+  int64_t size;
+};
+
 // Runs unit(number, scratch) for all numbers, each thread taking the next one. 0, or 1 if memory ran out.
 template <class Unit>
 int share_out(int threads, int64_t units, int64_t scratch_bytes, const Unit& unit) {
@@ -37,13 +73,12 @@ int share_out(int threads, int64_t units, int64_t scratch_bytes, const Unit& uni
   std::atomic<int> failed{0};
   if (threads > units) threads = int(units);
   auto body = [&] {
-    char* scratch = static_cast<char*>(std::aligned_alloc(64, size_t((scratch_bytes + 127) / 64 * 64)));
-    if (!scratch) {
+    const ThreadMemory scratch(scratch_bytes);
+    if (!scratch.get()) {
       failed = 1;
       return;
     }
-    for (int64_t number; !failed && (number = next++) < units;) unit(number, scratch);
-    std::free(scratch);
+    for (int64_t number; !failed && (number = next++) < units;) unit(number, scratch.get());
   };
   team(threads, body);
   return failed;

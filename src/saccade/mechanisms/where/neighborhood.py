@@ -100,10 +100,10 @@ class Neighborhood(Selector):
                 require(is_per_axis(value, 1), name, value, "an int of at least 1, or one to three of them")
         require(self.block >= 1, "block", self.block, "at least 1 token")
 
-    def _axes(self, grid: tuple[int, ...], geometry: Geometry) -> tuple[Axis, ...]:
-        """The windows on this grid, checked."""
-        flat = not geometry.causal or len(grid) == 1
-        require(flat, "geometry.causal", geometry.causal, f"False on grid={grid}; the setting `causal` is per axis")
+    def axes(self, grid: tuple[int, ...], rows_causal: bool = False) -> tuple[Axis, ...]:
+        """The windows on this grid, checked; `rows_causal` is `geometry.causal`."""
+        flat = not rows_causal or len(grid) == 1
+        require(flat, "geometry.causal", rows_causal, f"False on grid={grid}; the setting `causal` is per axis")
         axes = []
         settings = (
             per_axis(getattr(self, name), name, grid) for name in ("kernel_size", "stride", "dilation", "causal")
@@ -112,13 +112,13 @@ class Neighborhood(Selector):
             window = max(1, round(kernel * size / dilation)) if isinstance(kernel, float) else kernel
             require(window * dilation <= size, "kernel_size", kernel, f"kernel_size * dilation={dilation} <= {size}")
             require(stride <= window, "stride", stride, f"at most kernel_size={window}")
-            axes.append(Axis(size, window, stride, dilation, bool(causal) or geometry.causal))
+            axes.append(Axis(size, window, stride, dilation, bool(causal) or rows_causal))
         return tuple(axes)
 
     def select(self, q: Tensor, k: Tensor, geometry: Geometry) -> BlockLayout | TokenIndex | Boxes:
         """Neighbours of every token: the same for each call on the same grid, so built once."""
-        axes = self._axes(grid_of(q.shape[2], k.shape[2], geometry), geometry)
-        return _pattern(axes, geometry.prefix, geometry.suffix, self.block, str(q.device))
+        grid = grid_of(q.shape[2], k.shape[2], geometry)
+        return _pattern(self, grid, geometry.causal, geometry.prefix, geometry.suffix, str(q.device))
 
     def tiles(
         self, grid: tuple[int, ...], q_tile: int | tuple[int, ...], kv_tile: int | tuple[int, ...], *,
@@ -142,7 +142,7 @@ class Neighborhood(Selector):
             ValueError: If the tiles are of two forms, of another number of axes or empty, or an int with a dilation or
                 with `dynamic`.
         """
-        axes = self._axes(grid, Geometry())
+        axes = self.axes(grid)
         for name, tile in (("q_tile", q_tile), ("kv_tile", kv_tile)):
             sizes = tile if isinstance(tile, tuple) else (tile,)
             require(min(sizes) >= 1, name, tile, "at least 1 token along every axis")
@@ -198,9 +198,10 @@ def axis_window(axis: Axis, device: torch.device | str) -> tuple[Tensor, Tensor]
 @lru_cache(maxsize=8)
 @torch.inference_mode(mode=False)  # kept tensors may serve a backward pass later
 def _pattern(
-    axes: tuple[Axis, ...], prefix: int, suffix: int, block: int, device: str
+    mechanism: Neighborhood, grid: tuple[int, ...], rows_causal: bool, prefix: int, suffix: int, device: str
 ) -> BlockLayout | TokenIndex | Boxes:
     """The windows of all axes as a pattern, the cheapest; text tokens see everything, which boxes cannot hold."""
+    axes, block = mechanism.axes(grid, rows_causal), mechanism.block
     lines = [Line(*axis_window(axis, device), axis.dilation, axis.kernel) for axis in axes]
     if prefix + suffix or torch.device(device).type != "cpu":
         return grid_pattern(lines, prefix, suffix, block)
