@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import platform
+import resource
+
 import pytest
 import torch
 
 from saccade.bench.cases import random_layout
-from saccade.bench.measure import can_measure_peak, describe_machine, interleaved, median, peak_bytes
+from saccade.bench.measure import (
+    can_measure_peak,
+    describe_machine,
+    interleaved,
+    keeping_memory,
+    median,
+    peak_bytes,
+)  # fmt: skip
 from saccade.kernels import cpu
 
 
@@ -39,6 +49,21 @@ def test_peak_memory_of_a_known_allocation():
 
     assert 60 * 2**20 < peak_bytes(allocate) < 96 * 2**20
     assert peak_bytes(lambda: None) < 8 * 2**20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked to keep memory")
+def test_memory_is_kept_for_the_next_call_and_given_back():
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(64 * 2**20 // 4)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    fresh = faults()
+    with keeping_memory():
+        first, *later = (faults() for _ in range(3))
+    assert first > fresh / 2
+    assert max(later) < fresh / 16
+    assert faults() > fresh / 2
 
 
 def test_the_machine_is_described():

@@ -141,7 +141,8 @@ def test_the_table_of_the_issue_is_covered():
     names = " | ".join(case.name for case in cases())
     for what in (
         "dense causal N=1,024 D=64 fp32 forward", "dense full N=4,096 D=128 bf16 forward",
-        "dense causal N=16,384 D=128 bf16 forward", "window 1,024 N=16,384",
+        "dense causal N=16,384 D=128 bf16 forward", "dense full N=16,384 D=128 2 heads fp32 forward",
+        "dense causal N=16,384 D=128 2 heads bf16 forward+backward", "window 1,024 N=16,384",
         "blocks 25% of 64 N=4,096 D=64 bf16 forward",
         "blocks 25% of 64 N=4,096 D=64 fp32 forward+backward", "decode cache=131,072",
         "decode cache=32,768 D=128 int8", "top-k 1,024 of 32,768",
@@ -180,3 +181,5 @@ def test_peak_memory_is_that_of_ours():
     work = Work(lambda: attend(x, x, x), {"large": Peer(lambda: torch.ones(2**26), same=False)})
     outcome = run_case(Case("a", lambda: work), 1, steady)
     assert outcome.peak_bytes is None or outcome.peak_bytes < 2**26
+    assert outcome.result_bytes == x.nbytes
+    assert outcome.to_json()["result_bytes"] == x.nbytes

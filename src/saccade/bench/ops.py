@@ -9,13 +9,14 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saccade.bench.measure import gemm_gflops, interleaved, median, peak_bytes, quartiles
+from saccade.bench.measure import gemm_gflops, interleaved, keeping_memory, median, peak_bytes, quartiles
 from saccade.ops import recording
 
 FEWEST_ROUNDS = 7
@@ -53,6 +54,7 @@ class Work:
         bytes: Bytes that one run must read, where memory is the limit.
         skipped: Peers that cannot run here, and why.
         before: Called, untimed, before every run.
+        keeps_memory: Whether all are timed on memory that the process holds already (`keeping_memory`).
     """
 
     ours: Callable[[], Any]
@@ -61,6 +63,7 @@ class Work:
     bytes: int | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     before: Callable[[], Any] = lambda: None
+    keeps_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Outcome:
         gflops: Useful 10^9 operations a second.
         gbytes: 10^9 bytes read a second.
         peak_bytes: Memory that one run takes at its peak, its result included, or None where it cannot be measured.
+        result_bytes: Of its result.
         thermometer: GFLOP/s of the thermometer before and after.
         noisy: Whether the thermometer moved also when the case was run again.
         skipped: Peers that did not run, and why; `case` for the case itself.
@@ -106,6 +110,7 @@ class Outcome:
     gflops: float | None = None
     gbytes: float | None = None
     peak_bytes: int | None = None
+    result_bytes: int = 0
     thermometer: tuple[float, float] = (0.0, 0.0)
     noisy: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
@@ -132,7 +137,7 @@ class Outcome:
             return [(self.name, "", "", "", f"skipped: {self.skipped.get('case', '')}", "", "", "")]
         rate = "" if self.gflops is None else f"{self.gflops:.0f} GFLOP/s"
         rate = rate if self.gbytes is None else f"{self.gbytes:.1f} GB/s"
-        memory = "" if self.peak_bytes is None else f"{self.peak_bytes / 2**20:.0f} MiB"
+        memory = "" if self.peak_bytes is None else f"{self.peak_bytes >> 20} ({self.result_bytes >> 20}) MiB"
         mark = " (noisy)" if self.noisy else ""
         lines = [
             (
@@ -148,7 +153,7 @@ class Outcome:
         return [(*left[:4], *line, left[4]) for left, line in zip(shown, lines or [("", "", "")], strict=True)]
 
 
-COLUMNS = ("case", "engine", "ours", "rate", "against", "theirs", "ratio", "peak memory")
+COLUMNS = ("case", "engine", "ours", "rate", "against", "theirs", "ratio", "peak memory (result)")
 
 
 def bench_ops(
@@ -244,10 +249,12 @@ def _measure(name: str, work: Work, rounds: int) -> Outcome:
         if peer.same:
             errors[key] = difference(found, result)
         del found
+    result_bytes = sum(x.nbytes for x in ((result,) if isinstance(result, Tensor) else result))
     del result
     memory = peak_bytes(work.ours)
     calls = {"": work.ours} | {key: peer.call for key, peer in peers.items()}
-    times = interleaved(calls, rounds, before=work.before)
+    with keeping_memory() if work.keeps_memory else nullcontext():
+        times = interleaved(calls, rounds, before=work.before)
     ours = median(times[""])
     spreads = {
         key: quartiles([peer.share * b / a for a, b in zip(times[""], times[key], strict=True)])
@@ -263,6 +270,7 @@ def _measure(name: str, work: Work, rounds: int) -> Outcome:
         gflops=None if work.flops is None else work.flops / ours / 1e9,
         gbytes=None if work.bytes is None else work.bytes / ours / 1e9,
         peak_bytes=memory,
+        result_bytes=result_bytes,
         skipped=skipped,
     )
 

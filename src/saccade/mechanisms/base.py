@@ -87,7 +87,8 @@ class Selector(ABC):
         check_qkv(q, k, v)
         check_segments(q, k, geometry.q_segments, geometry.kv_segments)
         started = time.perf_counter()
-        chosen = self.pattern(*(x.detach() if x.requires_grad else x for x in (q, k)), geometry)
+        frozen_q, frozen_k = (x.detach() if x.requires_grad else x for x in (q, k))
+        chosen = self.pattern(frozen_q, frozen_k, geometry)
         if is_recording():
             record(RunRecord("select", self.card.name, select_seconds=time.perf_counter() - started))
         engine: Any = block_attend if isinstance(chosen, BlockLayout) else gather_attend
