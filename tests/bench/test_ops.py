@@ -147,6 +147,7 @@ def test_the_table_of_the_issue_is_covered():
         "blocks 25% of 64 N=4,096 D=64 fp32 forward+backward", "decode cache=131,072",
         "decode cache=32,768 D=128 int8", "top-k 1,024 of 32,768",
         "top-k 4,096 of 131,072", "neighbourhood 56x56 of 7x7 B=8", "scan scalar decay N=131,072",
+        "scan scalar decay N=131,072 D=64 fp32 forward, memory held",
         "choosing moba N=16,384",
     ):  # fmt: skip
         assert what in names

@@ -210,12 +210,20 @@ def keeping_memory() -> Iterator[None]:
     gigabytes up to 2 ms for each MiB, which is more than the faster engines take to fill it. With another C library
     nothing changes.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda name, value: 0)  # noqa: ARG005
-    mallopt(_MMAP_MAX, 0)
-    mallopt(_TRIM_THRESHOLD, -1)
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    libc.mallopt(_MMAP_MAX, 0)
+    libc.mallopt(_TRIM_THRESHOLD, -1)
+    # The ends that aligning a large block cuts off are small: kept aside as such, they would leave the rest too short
+    # for its next use. With the shelves for small blocks full they join it again when it is freed.
+    for block in [libc.malloc(size) for size in range(24, 1040, 16) for _ in range(7)]:
+        libc.free(block)
     try:
         yield
     finally:
         for name, value in _OWN_SETTINGS:
-            mallopt(name, value)
+            libc.mallopt(name, value)
         _return_free_memory()
