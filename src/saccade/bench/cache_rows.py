@@ -107,6 +107,23 @@ def composed(context: int, layers: int, rope: float | None = None) -> list[Candi
     return found
 
 
+def placed(context: int) -> list[Candidate]:
+    """Rows of every registered policy that only says where all is kept: in another process, in reserved addresses.
+
+    Args:
+        context: Tokens the settings are for.
+
+    Returns:
+        The candidates.
+    """
+    found = []
+    for card in cards():
+        if card.effects and card.effects <= {"offloading", "mapping"} and card.exact is not None:
+            settings = card.exact(context)
+            found.append(Candidate(card.name, settings, card.build(**settings), None, card.effects))
+    return found
+
+
 def matching(rows: Sequence[Candidate], pattern: str | None) -> list[Candidate]:
     """Those in whose label a regular expression is found; all for None.
 
@@ -126,4 +143,4 @@ def matching(rows: Sequence[Candidate], pattern: str | None) -> list[Candidate]:
     return found
 
 
-__all__ = ["BUDGETS", "Candidate", "candidates", "composed", "matching"]
+__all__ = ["BUDGETS", "Candidate", "candidates", "composed", "matching", "placed"]

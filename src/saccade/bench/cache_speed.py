@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.bench.cache_rows import candidates, composed, matching
+from saccade.bench.cache_rows import candidates, composed, matching, placed
 from saccade.bench.measure import interleaved, median, quartiles
 from saccade.mechanisms.cache.base import CachePolicy, Step, decode_step
 
@@ -37,7 +37,7 @@ class DecodeRow:
     Args:
         tokens: In the cache.
         name: Of the cache, with its budget.
-        nbytes: Of keys and values held.
+        nbytes: Of keys and values held in this process.
         freed: Part of `DynamicCache`'s bytes that is not held.
         layer: Seconds of a step of the whole layer, median.
         spread: Its quartiles.
@@ -95,7 +95,7 @@ def bench_decode(
     found: list[DecodeRow] = []
     for tokens in lengths:
         chosen, _ = candidates(tokens, 1, budgets)
-        chosen = matching(chosen + composed(tokens, 1), only)
+        chosen = matching(chosen + composed(tokens, 1) + placed(tokens), only)
         progress(f"{tokens:,} tokens")
         steps, held = _steps({one.label: one.policy for one in chosen}, tokens, rounds, dtype)
         mlp = median(steps.pop(""))
