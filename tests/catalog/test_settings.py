@@ -84,3 +84,20 @@ def test_examples_exact_settings_and_ladders_fit() -> None:
             check_settings(card.target, settings)
             card.build(**settings)
         assert Any not in setting_types(card.target).values(), card.name
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((0, 100), "part=0: expected a budget above 0 and at most 1"),
+        ((-0.1, 100), "part=-0.1: expected a budget above 0"),
+        ((1.01, 100), "part=1.01: expected a budget above 0"),
+        ((math.nan, 100), "part=nan: expected a budget above 0"),
+        ((0.5, 0), "tokens=0: expected at least 1"),
+        ((0.5, 10, 0), "layers=0: expected at least 1"),
+    ],
+)
+def test_bad_budgets(numbers: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Budget(*numbers)
+    assert (Budget(1, 100).count, Budget(0.25, 100).count, Budget(0.01, 100).count) == (100, 25, 8)

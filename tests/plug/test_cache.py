@@ -201,3 +201,41 @@ def test_a_saved_cache_goes_on_and_a_foreign_one_is_refused(tiny: Build, ids: Te
         other = PagedCache(stranger, policy)
     with pytest.raises(ValueError, match="a cache of another model, expected one of this"):
         other.load(path)
+
+
+@torch.no_grad()
+def test_refused_calls_and_files_leave_the_running_generation(tiny: Build, ids: Tensor, tmp_path: Path) -> None:
+    policy = H2O(heavy=6, recent=6)
+
+    def go_on(model: Any, cache: PagedCache, token: Tensor, steps: int) -> list[Tensor]:
+        found = []
+        for _ in range(steps):
+            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            found.append(token)
+        return found
+
+    model, stranger = tiny(), tiny(hidden_size=16)
+    with apply(model, Recipe.uniform(model, "dense")):
+        expected = go_on(model, PagedCache(model, policy), ids, 6)
+        cache = PagedCache(model, policy)
+        found = go_on(model, cache, ids, 2)
+        cut, foreign = tmp_path / "cut", tmp_path / "foreign"
+        cache.save(cut)
+        cut.write_bytes(cut.read_bytes()[:-1])
+    with apply(stranger, Recipe.uniform(stranger, "dense")):
+        other = PagedCache(stranger, policy)
+        stranger(ids, past_key_values=other)
+        other.save(foreign)
+    with apply(model, Recipe.uniform(model, "sink_window", {"window": 6, "sinks": 2, "block": 8})):
+        with pytest.raises(ValueError, match="mechanism='sink_window': expected dense attention in the recipe where"):
+            model(found[-1], past_key_values=cache)
+        refused = PagedCache(model, policy)
+        with pytest.raises(ValueError, match=r"mechanism='sink_window': .* H2O\(.*\) needs all its weights"):
+            model(ids, past_key_values=refused)
+        assert (refused.get_seq_length(), refused.nbytes) == (0, 0)
+    for path, message in ((cut, "not a whole cache"), (foreign, "a cache of another model"), (tmp_path, "not a whole")):
+        with pytest.raises(ValueError, match=message):
+            cache.load(path)
+    with apply(model, Recipe.uniform(model, "dense")):
+        found += go_on(model, cache, found[-1], 4)
+    assert torch.equal(torch.cat(found), torch.cat(expected))

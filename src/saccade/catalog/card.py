@@ -52,12 +52,22 @@ class Budget:
         tokens: Of the context.
         layers: Of the model.
         rope: Base of the model's rotary embedding, or None.
+
+    Raises:
+        ValueError: If a number is out of range.
     """
 
     part: float
     tokens: int
     layers: int = 1
     rope: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.part <= 1:
+            raise ValueError(f"part={self.part}: expected a budget above 0 and at most 1")
+        for name, value in (("tokens", self.tokens), ("layers", self.layers)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1")
 
     @property
     def count(self) -> int:
