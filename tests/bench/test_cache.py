@@ -17,6 +17,7 @@ from saccade.bench.cache_prompt import Counted, distinct, read_prompt
 from saccade.bench.cache_quality import forced, make_material, recall_quality, text_quality
 from saccade.bench.cache_rows import BUDGETS, candidates, composed, matching
 from saccade.bench.cache_speed import bench_decode
+from saccade.bench.plot import plot_caches
 from saccade.catalog import cards
 from saccade.mechanisms.cache.base import Everything, compose, decode_step
 from saccade.mechanisms.cache.h2o import H2O
@@ -162,7 +163,7 @@ def test_the_table(byte_model: tuple[Any, Any], tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"steps": 3, "windows": 1, "tries": 1, "rounds": 1, "budgets": (0.25,)}
     sizes |= {"only": "^(h2o|quest) at", "notes": notes, "progress": done.append}
     part = bench_cache(model, tokenizer, 640, parts=("text",), **sizes)
-    assert part.table[0].cells()[COLUMNS.index("passkey, aware")] == ""
+    assert part.table[0].cells()[COLUMNS.index("aware: nats")] == ""
     assert len(notes.read_text().splitlines()) == 3
     result = bench_cache(model, tokenizer, 640, **sizes)
     assert sum(note.startswith("text: ") and "prompt" not in note for note in done) == 3  # not measured again
@@ -170,11 +171,18 @@ def test_the_table(byte_model: tuple[Any, Any], tmp_path: Path) -> None:
     assert (dense.name, heavy.name, quest.name) == ("dense", "h2o", "quest")
     assert all(set(row.measured) == set(PARTS) for row in result.table)
     assert dense.measured["text"]["held"] == dense.ratio == 1.0
+    assert dense.nats == {"agnostic": 0.0, "aware": 0.0}
+    assert heavy.nats["aware"] != 0
+    assert heavy.cells()[COLUMNS.index("aware: nats")] == f"{heavy.nats['aware']:+.2f}"
     assert 0.2 < heavy.measured["text"]["held"] < 0.4
     assert 0.2 < heavy.measured["text"]["read"] < 0.3
     assert quest.measured["text"]["held"] > 1 > quest.measured["text"]["read"]
     assert all(len(cells) == len(COLUMNS) for cells in result.rows())
     assert json.loads(json.dumps(result.to_json()))["table"][1]["name"] == "h2o"
+    picture = tmp_path / "caches.svg"
+    plot_caches(result, picture)
+    drawn = picture.read_text()
+    assert all(word in drawn for word in ("<svg", "h2o", "quest"))
     with pytest.raises(ValueError, match="context=9000: expected at most 4096, the model's"):
         bench_cache(model, tokenizer, 9000)
     with pytest.raises(ValueError, match="steps=700: expected 1 to 639, fewer than the context"):

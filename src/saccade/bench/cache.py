@@ -24,7 +24,7 @@ PARTS = ("text", *PROTOCOLS, "speed")
 
 COLUMNS = (
     "cache", "settings", "budget", "held", "read", "tokens/s", "perplexity",
-    *(f"{task}, {protocol}" for protocol in PROTOCOLS for task in TASKS),
+    *(column for protocol in PROTOCOLS for column in (f"{protocol}: {', '.join(TASKS)}", f"{protocol}: nats")),
 )  # fmt: skip
 
 
@@ -39,6 +39,7 @@ class CacheRow:
         effects: What it sets out to save.
         measured: By part of `PARTS`, as far as measured: see `text_quality`, `recall_quality` and `_speed`.
         ratio: Its perplexity over that of dense, where both are known.
+        nats: By protocol, log-probability of the answers, mean over the tasks, less that with dense.
     """
 
     name: str
@@ -47,18 +48,23 @@ class CacheRow:
     effects: tuple[str, ...]
     measured: dict[str, dict[str, Any]]
     ratio: float | None
+    nats: dict[str, float]
 
     def cells(self) -> tuple[str, ...]:
         """As text, in the order of `COLUMNS`; empty where nothing was measured."""
         text, speed = self.measured.get("text"), self.measured.get("speed")
-        recall = (self.measured.get(p, {}).get("found", {}).get(task) for p in PROTOCOLS for task in TASKS)
+        recall: list[str] = []
+        for protocol in PROTOCOLS:
+            found = self.measured.get(protocol, {}).get("found", {})
+            recall.append(", ".join(f"{part:.0%}" for part in found.values()))
+            recall.append(f"{self.nats[protocol]:+.2f}" if protocol in self.nats else "")
         rise = "" if self.ratio is None else f" ({self.ratio - 1:+.1%})"
         return (
             self.name, self.settings, "" if self.budget is None else f"{self.budget:.0%}",
             *(("", "") if text is None else (f"{text['held']:.0%}", f"{text['read']:.0%}")),
             "" if speed is None else f"{speed['tokens_per_second']:.1f} ({speed['speedup']:.2f}x)",
             "" if text is None else f"{text['perplexity']:.2f}{rise}",
-            *("" if part is None else f"{part:.0%}" for part in recall),
+            *recall,
         )  # fmt: skip
 
 
@@ -159,7 +165,7 @@ def bench_cache(
     with _twin(model) as twin:
         for part in parts:
             _measure(part, model, twin, material, chosen, log, rounds, progress)
-    dense = log.found.get(("dense", "", "text"), {}).get("perplexity")
+    dense = {part: log.found[key] for part in PARTS if (key := ("dense", "", part)) in log.found}
     table = [_row(log, one, dense) for one in (None, *chosen)]
     return CacheBench(about, tuple(table), left_out)
 
@@ -226,13 +232,21 @@ def _speed(model: Any, twin: Any, policy: CachePolicy | None, prompt: Prompt, ro
     return {"tokens_per_second": 1 / seconds["row"], "speedup": seconds["dense"] / seconds["row"]}
 
 
-def _row(log: Notes, one: Candidate | None, dense: float | None) -> CacheRow:
+def _row(log: Notes, one: Candidate | None, dense: dict[str, dict[str, Any]]) -> CacheRow:
+    """All that is known of a row, and beside dense."""
     label, written = ("dense", "") if one is None else (one.label, one.written)
-    measured = {part: log.found[label, written, part] for part in PARTS if (label, written, part) in log.found}
-    ratio = measured["text"]["perplexity"] / dense if dense is not None and "text" in measured else None
+    measured = {part: log.found[key] for part in PARTS if (key := (label, written, part)) in log.found}
+    both = measured.keys() & dense.keys()
+    ratio = measured["text"]["perplexity"] / dense["text"]["perplexity"] if "text" in both else None
+    nats = {p: _answers(measured[p]) - _answers(dense[p]) for p in PROTOCOLS if p in both}
     if one is None:
-        return CacheRow("dense", "", None, (), measured, ratio)
-    return CacheRow(one.name, written, one.budget, tuple(sorted(one.effects)), measured, ratio)
+        return CacheRow("dense", "", None, (), measured, ratio, nats)
+    return CacheRow(one.name, written, one.budget, tuple(sorted(one.effects)), measured, ratio, nats)
+
+
+def _answers(measured: dict[str, Any]) -> float:
+    values = list(measured["log_prob"].values())
+    return float(sum(values) / len(values))
 
 
 __all__ = ["BUDGETS", "COLUMNS", "PARTS", "CacheBench", "CacheRow", "bench_cache"]

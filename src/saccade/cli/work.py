@@ -183,6 +183,7 @@ def bench_command(
     tokens: Annotated[list[int] | None, typer.Option(help="decode: lengths of the cache.")] = None,
     budget: Annotated[list[float] | None, typer.Option(help="cache, decode: parts kept or read, each a row.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="cache: draw quality against bytes, as SVG or PNG.")] = None,
 ) -> None:
     """Measure: engines, caches, what a learned choice is worth, or the machine."""
     from saccade.bench.measure import describe_machine
@@ -196,6 +197,10 @@ def bench_command(
             loaded, tokenizer, context, quick, windows=windows, tries=tries, rounds=rounds, only=only, parts=part,
             notes=notes, budgets=budget,
         )  # fmt: skip
+        if plot is not None:
+            from saccade.bench.plot import plot_caches
+
+            plot_caches(outcomes[0], plot)
     else:
         columns, outcomes = _measured(what, quick, only, rounds, tokens, budget)
     rows = [row for outcome in outcomes for row in outcome.rows()]
