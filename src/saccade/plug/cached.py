@@ -50,7 +50,7 @@ def attend_cached(
     prompt, governed = store.empty and queries > 1, window is None
     if prompt or queries == 1:
         _refuse_mechanism(routes, policy, prompt)
-    step.layer, step.scale, step.lse = layer.number, extras.scale, None
+    step.layer, step.scale, step.softcap, step.lse = layer.number, extras.scale, extras.softcap, None
     store.append(k, v, _present(reading, queries))
     layer.length, layer.pending = layer.length + queries, queries
     if prompt and governed and policy.needs_lse:

@@ -69,16 +69,19 @@ def test_read_selects_without_losing() -> None:
     assert read == 2 * 2 * 1 * 14 * 8
 
 
-def test_received_attention_is_the_column_sum_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_received_attention_is_the_column_sum_in_any_chunks(
+    monkeypatch: pytest.MonkeyPatch, softcap: float | None
+) -> None:
     q, k, _ = qkv(9)
     q = q[:, :, 4:]
-    scores = (q @ k.repeat_interleave(2, 1).mT * 8**-0.5).masked_fill(
-        ~torch.ones(5, 9, dtype=torch.bool).tril(4), -torch.inf
-    )
+    scores = q @ k.repeat_interleave(2, 1).mT * 8**-0.5
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~torch.ones(5, 9, dtype=torch.bool).tril(4), -torch.inf)
     expected = scores.softmax(-1).sum(2).view(2, 2, 2, 9).sum(2)
     store = KVStore()
     store.append(k, k)
-    step = Step(lse=scores.logsumexp(-1))
+    step = Step(softcap=softcap, lse=scores.logsumexp(-1))
     for limit in (2**22, 150, 1):
         monkeypatch.setattr(weights, "SCORE_ELEMENTS", limit)
         torch.testing.assert_close(received_attention(q, store, step), expected, rtol=0, atol=1e-12)

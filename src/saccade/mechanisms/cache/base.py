@@ -32,6 +32,7 @@ class Step:
         layer: The layer that is running, from 0.
         layers: How many there are.
         scale: Factor on q k^T in this call; None means D^-0.5.
+        softcap: The model's cap of scores in this call: `softcap * tanh(score / softcap)`; None for none.
         lse: Log-sum-exp of the rows of this call, `[B, H, M]`; None for a policy without `needs_lse`.
         picked: Left by an earlier layer of this call for the later ones.
         choosing: Bytes that the layer's policy has read only to choose what is read; `read` and `settle` add to it.
@@ -42,6 +43,7 @@ class Step:
     layer: int = 0
     layers: int = 1
     scale: float | None = None
+    softcap: float | None = None
     lse: Tensor | None = None
     picked: Any = None
     choosing: int = 0
@@ -202,7 +204,7 @@ def decode_step(
     check_qkv(q, k, v)
     require(q.shape[2] == k.shape[2], "q", tuple(q.shape), f"as many tokens as k, {k.shape[2]}")
     step = Step() if step is None else step
-    step.scale, step.choosing, first = scale, 0, store.empty
+    step.scale, step.softcap, step.choosing, first = scale, None, 0, store.empty
     report([store])
     store.append(k, v, present)
     chosen = policy.read(q.detach(), store, step)

@@ -71,7 +71,7 @@ def _received_attention(q: Tensor, store: KVStore, step: Step, lse: Tensor) -> T
     groups, slots, dtype = store.lengths.shape[1], len(store), accumulation_dtype(q.dtype)
     rows = lse.masked_fill(lse == -torch.inf, torch.inf).to(dtype)  # a row that sees nothing gives nothing
     if is_few(queries, batch * heads * slots):
-        weights = score_stored(q, store, scale=step.scale).sub_(rows[..., None]).exp_()
+        weights = _capped(score_stored(q, store, scale=step.scale), step).sub_(rows[..., None]).exp_()
         return weights.unflatten(1, (groups, -1)).sum((2, 3))
     keys = store.keys.to(dtype).transpose(-1, -2)
     wide = q.reshape(batch, groups, heads // groups, queries, dim).to(dtype) * resolve_scale(step.scale, dim)
@@ -83,10 +83,17 @@ def _received_attention(q: Tensor, store: KVStore, step: Step, lse: Tensor) -> T
     for start in range(0, queries, size):
         stop = min(start + size, queries)
         scores = (wide[..., start:stop, :].flatten(2, 3) @ keys).unflatten(2, (-1, stop - start))
-        weights = torch.exp(scores - rows[..., start:stop, :])
+        weights = torch.exp(_capped(scores, step) - rows[..., start:stop, :])
         hidden = slot > place[:, :, None, start:stop, None]
         total += weights.masked_fill(hidden, 0.0).sum((2, 3))
     return total
+
+
+def _capped(scores: Tensor, step: Step) -> Tensor:
+    """Scores as the model's attention has them; what was hidden (-inf) still is."""
+    if step.softcap is None:
+        return scores
+    return (step.softcap * torch.tanh(scores / step.softcap)).masked_fill_(scores == -torch.inf, -torch.inf)
 
 
 __all__ = ["SCORE_ELEMENTS", "best", "is_few", "received_attention"]
