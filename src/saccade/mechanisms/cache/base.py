@@ -32,22 +32,22 @@ class Step:
         layer: The layer that is running, from 0.
         layers: How many there are.
         scale: Factor on q k^T in this call; None means D^-0.5.
-        softcap: The model's cap of scores in this call: `softcap * tanh(score / softcap)`; None for none.
         lse: Log-sum-exp of the rows of this call, `[B, H, M]`; None for a policy without `needs_lse`.
         picked: Left by an earlier layer of this call for the later ones.
         choosing: Bytes that the layer's policy has read only to choose what is read; `read` and `settle` add to it.
         known: Queries, and sums of attention that `received_attention` has found for them, by storage: where one call
             is shown to many policies, it is summed once. None in a model.
+        softcap: The model's cap of scores in this call: `softcap * tanh(score / softcap)`; None for none.
     """
 
     layer: int = 0
     layers: int = 1
     scale: float | None = None
-    softcap: float | None = None
     lse: Tensor | None = None
     picked: Any = None
     choosing: int = 0
     known: tuple[Tensor, dict[Storage, Tensor]] | None = None
+    softcap: float | None = None
 
 
 class CachePolicy(ABC):
