@@ -93,7 +93,8 @@ def test_list_filters(app: typer.Typer) -> None:
         (("list", "--pattern", "diagonal"), "pattern='diagonal': expected one of"),
         (("show", "softplu"), "unknown mechanism 'softplu'; did you mean 'softplus'"),
         (("verify", "sink_windo"), "unknown mechanism 'sink_windo'; did you mean 'sink_window'"),
-        (("verify",), r"names=\[\]: expected names, or --all without names"),
+        (("verify",), r"names=\[\]: expected names, or --all without names, or"),
+        (("verify", "--room", "wher"), r"room='wher': expected one of \('where',"),
         (("verify", "--all", "cog"), r"names=\['cog'\]: expected names, or --all without names"),
         (("verify", "cog", "--law", "16"), r"laws=\[16\]: expected numbers from 1 to 15"),
         (("show", "moba", "--tokens", "0"), "tokens=0: expected at least 1"),
@@ -182,3 +183,9 @@ def test_verify_all_takes_every_mechanism(app: typer.Typer, monkeypatch: pytest.
     monkeypatch.setattr(catalogue, "verify", lambda name, *rest: [Verdict(1, "one", "skipped", "a reason")])
     found = json.loads(run(app, "verify", "--all", "--json").stdout)
     assert list(found["mechanisms"]) == [card.name for card in cards()]
+
+
+def test_verify_takes_a_room(app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "verify", lambda name, *rest: [Verdict(1, "one", "skipped", "a reason")])
+    found = json.loads(run(app, "verify", "--room", "probe", "--json").stdout)
+    assert list(found["mechanisms"]) == [card.name for card in cards() if card.room == "probe"]

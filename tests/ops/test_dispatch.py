@@ -96,3 +96,12 @@ def test_density_is_what_was_run_after_choosing_or_what_the_selector_says():
     chosen = [run("attend", "eager", density=1.0), run("select", "x"), run("block_attend", "eager", density=0.2)]
     assert density_of(chosen) == 0.2
     assert density_of([run("select", "x", density=0.3), run("attend", "eager", density=1.0)]) == 0.3
+
+
+def test_calls_to_fewer_keys_count_by_the_pairs_they_compute():
+    fine = RunRecord("block_attend", "eager", density=0.25, pairs=64 * 64)
+    coarse = RunRecord("block_attend", "eager", density=0.5, pairs=64 * 8)  # each key a mean of eight
+    assert density_of([fine, coarse]) == 0.25 + 0.5 / 8
+    assert density_of([RunRecord("select", "x"), coarse, fine]) == 0.25 + 0.5 / 8
+    assert density_of([coarse]) == 0.5
+    assert density_of([RunRecord("attend", "eager", density=1.0, pairs=0)]) == 1.0

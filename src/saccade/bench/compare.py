@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -93,53 +92,6 @@ def parse_mechanism(text: str) -> tuple[str, dict[str, Any] | None]:
         if not equals or not key.strip():
             raise ValueError(f"settings={part!r}: expected setting=value")
     return card.name, settings
-
-
-def random_problem(
-    shape: Sequence[int],
-    *,
-    grid: tuple[int, ...] | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Random queries, keys and values in which neighbours resemble each other.
-
-    Args:
-        shape: `(B, H, G, N, D)`.
-        grid: Sizes of the grid that the N tokens lie on, row-major: neighbours along each of its axes resemble each
-            other; None for a sequence.
-        dtype: Of all three; drawn in fp32.
-        device: Of all three; drawn on the CPU.
-        seed: Of the draw.
-
-    Returns:
-        q `[B, H, N, D]`, k and v `[B, G, N, D]`.
-
-    Raises:
-        ValueError: If `shape` is not five positive sizes, G does not divide H, or `grid` has not N tokens.
-    """
-    if len(shape) != 5 or min(shape) < 1:
-        raise ValueError(
-            f"shape={tuple(shape)}: expected five sizes (batch, heads, kv heads, tokens, dim) of at least 1"
-        )
-    batch, heads, groups, tokens, dim = shape
-    if heads % groups:
-        raise ValueError(f"shape={tuple(shape)}: expected kv heads {groups} to divide heads {heads}")
-    axes = (tokens,) if grid is None else tuple(grid)
-    if math.prod(axes) != tokens:
-        raise ValueError(f"grid={grid}: expected one of {tokens} tokens, as shape={tuple(shape)} has")
-    generator = torch.Generator().manual_seed(seed)
-
-    def smooth(count: int) -> Tensor:
-        x = torch.randn(batch, count, tokens, dim, generator=generator).view(batch, count, *axes, dim)
-        for axis in range(2, 2 + len(axes)):
-            x = x + x.roll(1, axis) + x.roll(2, axis)
-        # Scores spread as far on a grid as in a sequence.
-        x = x * 3 ** (0.5 - 0.5 * len(axes))
-        return x.reshape(batch, count, tokens, dim).to(dtype).to(device)
-
-    return smooth(heads), smooth(groups), smooth(groups)
 
 
 def compare(

@@ -21,8 +21,8 @@ from saccade.types import BlockLayout, Geometry, Kind, Pattern
 ORACLE_QUERIES = 256
 """Queries, evenly spread, that the best keys are looked up for."""
 
-RANDOM_BLOCK = 64
-"""Tokens of a random block, a side."""
+RANDOM_BLOCK, LEAST_BLOCK = 64, 8
+"""Tokens of a random block, a side: the most, and the least that it is halved to for a query to have four of them."""
 
 COLUMNS = (
     "mechanism", "settings", "density", "error", "worst", "error of the best keys", "of random blocks", "choosing",
@@ -41,7 +41,7 @@ class RoomRow:
         error: Relative difference from dense attention, Frobenius norm, mean over the problems.
         worst_error: The largest.
         oracle_error: Mean error if each query had its highest-scoring keys, as many as that density allows.
-        random_error: Mean error of random blocks of that density, each query's own block among them.
+        random_error: Mean error of random blocks of that density (`random_blocks`).
         select_seconds: Time of choosing what to compute, mean.
         seconds: Time of a call, choosing included, mean.
         speedup: Dense time over this time.
@@ -127,27 +127,33 @@ def compare_room(
         raise ValueError("problems: expected at least one")
     if room not in ROOMS:
         raise ValueError(f"room={room!r}: expected one of {', '.join(ROOMS)}")
-    with torch.no_grad():
-        built, left_out = _build(room, given[0])
-    if not built:
-        raise ValueError(f"room={room!r}: expected one with a mechanism that can run here, got {left_out}")
-    found: dict[tuple[str, str], list[RoomRow]] = {key: [] for key in built}
+    built, left_out = _build(room, given[0])
+    found: dict[tuple[str, str], list[RoomRow]] = {}
     dense_seconds = []
     with torch.no_grad():
-        for place, one in enumerate(given):
+        for place, one in enumerate(given if built else ()):
             wanted, oracle = one.dense(), Oracle(one)
             base = median(interleaved({"dense": one.dense}, rounds)["dense"])
             dense_seconds.append(base)
             for (name, settings), mechanism in built.items():
-                row = _measure(one, mechanism, wanted, oracle, base, rounds)
-                found[name, settings].append(replace(row, mechanism=name, settings=settings))
+                if name in left_out:
+                    continue
+                try:
+                    row = _measure(one, mechanism, wanted, oracle, base, rounds)
+                except ValueError as error:
+                    left_out[name] = str(error)
+                    continue
+                found.setdefault((name, settings), []).append(replace(row, mechanism=name, settings=settings))
                 progress(f"problem {place + 1} of {len(given)}: {name}({settings})")
-    rows = sorted((_mean(rows) for rows in found.values()), key=lambda row: (row.mechanism, row.density))
-    return RoomComparison(problem, describe_machine(), statistics.fmean(dense_seconds), tuple(rows), left_out)
+    means = [_mean(rows) for (name, _), rows in found.items() if name not in left_out]
+    if not means:
+        raise ValueError(f"room={room!r}: expected one with a mechanism that can run here, got {left_out}")
+    rows = tuple(sorted(means, key=lambda row: (row.mechanism, row.density)))
+    return RoomComparison(problem, describe_machine(), statistics.fmean(dense_seconds), rows, left_out)
 
 
 def _build(room: str, problem: Problem) -> tuple[dict[tuple[str, str], Any], dict[str, str]]:
-    """(name, settings) -> mechanism for everything in the room that can run, and why the others cannot."""
+    """(name, settings) -> mechanism for everything in the room for such problems, and why the others are not."""
     built: dict[tuple[str, str], Any] = {}
     left_out: dict[str, str] = {}
     for card in (card for card in cards() if card.room == room):
@@ -156,13 +162,7 @@ def _build(room: str, problem: Problem) -> tuple[dict[tuple[str, str], Any], dic
             left_out[card.name] = reason
             continue
         for settings in card.ladder(problem.q.shape[2]):  # type: ignore[misc]
-            mechanism = card.build(**settings)
-            try:
-                problem.run(mechanism)
-            except ValueError as error:
-                left_out[card.name] = str(error)
-                break
-            built[card.name, ", ".join(f"{key}={value}" for key, value in settings.items())] = mechanism
+            built[card.name, ", ".join(f"{key}={value}" for key, value in settings.items())] = card.build(**settings)
     return built, left_out
 
 
@@ -178,14 +178,14 @@ def _why_not(card: Card, geometry: Geometry) -> str | None:
 
 
 def _measure(one: Problem, mechanism: Any, wanted: Tensor, oracle: Oracle, base: float, rounds: int) -> RoomRow:
-    """One mechanism on one problem."""
+    """One mechanism on one problem; the recorded run warms up for the timed ones."""
     with recording() as records:
         out = one.run(mechanism)
     error = relative_error(out, wanted)
     density = density_of(records) or 0.0
     if one.geometry.causal:
         density *= 2 * one.k.shape[2] / (one.k.shape[2] + 1)
-    seconds = median(interleaved({"it": lambda: one.run(mechanism)}, rounds)["it"])
+    seconds = median(interleaved({"it": lambda: one.run(mechanism)}, rounds, warmup=0)["it"])
     select = sum(record.select_seconds for record in records)
     chosen = random_blocks(one.q, one.geometry, density)
     random_error = relative_error(block_attend(one.q, one.k, one.v, chosen, scale=one.scale), wanted)
@@ -200,7 +200,7 @@ def _mean(rows: list[RoomRow]) -> RoomRow:
 
 
 def random_blocks(q: Tensor, geometry: Geometry, density: float, *, seed: int = 0) -> BlockLayout:
-    """Random key blocks for each head and query block, its own among them.
+    """Random key blocks for each head and query block; in causal attention its own among them, so that all see some.
 
     Args:
         q: `[B, H, N, D]`, as many keys.
@@ -212,17 +212,24 @@ def random_blocks(q: Tensor, geometry: Geometry, density: float, *, seed: int = 
         The layout.
     """
     heads, tokens = q.shape[1:3]
-    blocks = -(-tokens // RANDOM_BLOCK)
-    score = torch.rand(1, heads, blocks, blocks, generator=torch.Generator().manual_seed(seed)).to(q.device)
-    score.diagonal(dim1=2, dim2=3).fill_(2.0)
-    place = torch.arange(blocks, device=q.device)
+    block = RANDOM_BLOCK
+    while block > LEAST_BLOCK and density * tokens < 4 * block:
+        block //= 2
+    blocks = -(-tokens // block)
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.rand(1, heads, blocks, blocks, generator=generator).to(q.device)
+    rounding = torch.rand(1, heads, blocks, 1, generator=generator).to(q.device)
     if geometry.causal:
-        score.masked_fill_(place > place[:, None], -1.0)
-    visible = place + 1 if geometry.causal else torch.full_like(place, blocks)
-    keep = (density * visible).round().clamp(min=1)
+        score.diagonal(dim1=2, dim2=3).fill_(2.0)
+    place = torch.arange(blocks, device=q.device)[:, None]
+    if geometry.causal:
+        score.masked_fill_(place < place.T, -1.0)
+        keep = density * (place + 0.5) + 0.5  # half of the own block lies in the future
+    else:
+        keep = torch.full_like(place, blocks) * density
+    keep = (keep + rounding).floor().clamp(min=1)
     rank = score.argsort(dim=-1, descending=True).argsort(dim=-1)
-    sizes = (RANDOM_BLOCK, RANDOM_BLOCK, tokens, tokens)
-    layout = BlockLayout.from_block_mask(rank < keep[:, None], *sizes)
+    layout = BlockLayout.from_block_mask(rank < keep, block, block, tokens, tokens)
     return layout.within(Geometry(causal=geometry.causal))
 
 

@@ -150,14 +150,15 @@ def draw(layout: BlockLayout, size: int = 32) -> str:
 def verify_command(
     names: Annotated[list[str] | None, typer.Argument(help="Mechanisms; none with --all.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every registered mechanism.")] = False,
+    room: Annotated[str | None, typer.Option(help="Every mechanism of this room, such as where or cache.")] = None,
     law: Annotated[list[int] | None, typer.Option(help="Only these laws.")] = None,
     device: str = "cpu",
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Run the laws on mechanisms; exit code 1 if one fails."""
-    if every == bool(names):
-        raise ValueError(f"names={names or []}: expected names, or --all without names")
-    wanted = [card.name for card in cards()] if every else [get(name).name for name in names or []]
+    if every + bool(names) + (room is not None) != 1:
+        raise ValueError(f"names={names or []}: expected names, or --all without names, or --room without both")
+    wanted = [get(name).name for name in names or []] or [card.name for card in search(room)]
     results: dict[str, list[Verdict]] = {}
     for name in wanted:
         results[name] = verify(name, device, law)

@@ -37,9 +37,10 @@ class RunRecord:
         impl: Implementation that ran.
         refused: For each implementation passed over, why.
         density: Fraction of the M x N pairs computed, or None where the notion does not apply. A selector says it of
-            the whole where the calls of its engines are of other sizes.
+            the whole where its engines' calls do not tell.
         select_seconds: Time spent choosing what to compute, added by the selector.
         instruction_set: What the C++ engine ran on, where `impl` is "cpu".
+        pairs: M * N, or None where there are none.
     """
 
     op: str
@@ -48,6 +49,7 @@ class RunRecord:
     density: float | None = None
     select_seconds: float = 0.0
     instruction_set: str | None = None
+    pairs: int | None = None
 
     def __str__(self) -> str:
         """Engine and implementation, as in `attend:cpu (AVX2 and FMA)`."""
@@ -56,6 +58,8 @@ class RunRecord:
 
 def density_of(records: Iterable[RunRecord]) -> float | None:
     """Fraction of the pairs that a mechanism's call computed, from its records: what it says itself, else its engines.
+
+    A call to fewer keys, which stand for several, counts by what it computes of the largest call's pairs.
 
     Args:
         records: Of one call, in order; what a selector ran to choose comes before its own record.
@@ -67,8 +71,11 @@ def density_of(records: Iterable[RunRecord]) -> float | None:
     chosen = max((place for place, run in enumerate(runs) if run.op == "select"), default=-1)
     if chosen >= 0 and runs[chosen].density is not None:
         return runs[chosen].density
-    known = [run.density for run in runs[chosen + 1 :] if run.density is not None]
-    return sum(known) if known else None
+    known = [(run.density, run.pairs) for run in runs[chosen + 1 :] if run.density is not None]
+    whole = max((pairs for _, pairs in known if pairs is not None), default=None)
+    if not known:
+        return None
+    return sum(density * (pairs / whole if pairs is not None and whole else 1.0) for density, pairs in known)
 
 
 _records: ContextVar[list[RunRecord] | None] = ContextVar("saccade_records", default=None)

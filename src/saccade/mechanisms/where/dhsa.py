@@ -20,7 +20,7 @@ def _ladder(n: int) -> tuple[dict[str, Any], ...]:
     """At N = 8192 about 12, 23, 43 and 75 % of the causal area."""
     block = min(max(n // 128, 1), 64)
     shared = {"block": block, "chunks_per_block": max(block // 8, 1)}
-    return tuple(shared | {"budget": n // part, "local": min(128, n // part)} for part in (16, 8, 4, 2))
+    return tuple(shared | {"budget": n // part, "local": min(128, max(n // (4 * part), 1))} for part in (16, 8, 4, 2))
 
 
 @register(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,12 @@ from saccade.mechanisms.base import require
 from saccade.mechanisms.where._blocks import head_scores
 from saccade.mechanisms.where._regions import Plan, RegionSelector, grid_of, keep_text, regions_layout, tiles
 from saccade.types import Geometry, Kind, Pattern
+
+
+def _ladder(n: int) -> tuple[dict[str, Any], ...]:
+    """Tiles of 8 x 8 from 4,096 tokens on, smaller ones before, and shares of their map."""
+    side = min(8, max(2, math.isqrt(max(n // 64, 1))))
+    return tuple({"tile": (side, side), "density": kept, "block": side * side} for kept in (0.05, 0.1, 0.25, 0.5))
 
 
 @register(
@@ -36,10 +44,7 @@ from saccade.types import Geometry, Kind, Pattern
     ),
     example={"tile": (4, 4), "density": 0.3, "block": 16},
     exact=lambda n: {"density": 1.0},  # noqa: ARG005
-    ladder=lambda n: tuple(
-        {"tile": (4, max(n // 128, 4)), "density": kept, "block": min(64, max(n // 16, 1))}
-        for kept in (0.05, 0.1, 0.25, 0.5)
-    ),
+    ladder=_ladder,
 )
 @dataclass(frozen=True)
 class Draft(RegionSelector):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ from saccade.ops import block_attend
 from saccade.ops.checks import check_qkv, check_segments, resolve_scale
 from saccade.ops.dispatch import RunRecord, is_recording, record
 from saccade.types import AttentionOutput, BlockLayout, Geometry, Kind, Pattern
+
+
+def _ladder(n: int) -> tuple[dict[str, Any], ...]:
+    """The authors' blocks of 16, smaller ones on short sequences, and shares of them."""
+    block = 16 if n >= 4096 else 4
+    return tuple({"block": block, "topk": max(2, round(n / block * share))} for share in (0.02, 0.05, 0.12, 0.25))
 
 
 @register(
@@ -42,6 +49,7 @@ from saccade.types import AttentionOutput, BlockLayout, Geometry, Kind, Pattern
     ),
     example={"block": 4, "topk": 4},
     exact=lambda n: {"block": 4, "topk": max(n, 1), "enrich": False},
+    ladder=_ladder,
 )
 @dataclass(frozen=True)
 class LLSA(RegionSelector):

@@ -168,6 +168,6 @@ def attend(
     if is_recording():
         left, right = band(causal, window, q.shape[2], k.shape[2])
         kept = density(q.shape[2], k.shape[2], left, right, q_segments, kv_segments)
-        record(RunRecord("attend", chosen.name, refused, kept))
+        record(RunRecord("attend", chosen.name, refused, kept, pairs=q.shape[2] * k.shape[2]))
     out, lse = chosen.run(call)
     return AttentionOutput(out, lse) if return_lse else out

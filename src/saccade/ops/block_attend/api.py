@@ -79,7 +79,7 @@ def block_attend(
     call = {"q": q, "k": k, "v": v, "layout": layout, "softcap": softcap, "sinks": sinks, "workspace": workspace}
     chosen, refused = choose("block_attend", IMPLEMENTATIONS, impl, call)
     if is_recording():
-        record(RunRecord("block_attend", chosen.name, refused, density=layout.density()))
+        record(RunRecord("block_attend", chosen.name, refused, density=layout.density(), pairs=q.shape[2] * k.shape[2]))
     out, lse = chosen.run(q, k, v, layout, resolved, softcap, workspace)
     if sinks is not None:
         sink = sinks.to(lse.dtype)[:, None]

@@ -141,7 +141,7 @@ def decode_attend(
         keys = cache.longest
         kept = density(q.shape[2], keys, *band(causal, window, q.shape[2], keys), None, None)
         kept = kept if slots is None else float((slots >= 0).sum()) / max(1, slots.shape[0] * slots.shape[1] * keys)
-        record(RunRecord("decode_attend", chosen.name, refused, kept))
+        record(RunRecord("decode_attend", chosen.name, refused, kept, pairs=q.shape[2] * keys))
     out, lse = chosen.run(call)
     return AttentionOutput(out, lse) if return_lse else out
 

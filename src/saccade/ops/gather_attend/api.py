@@ -137,7 +137,7 @@ def gather_attend(
     }  # fmt: skip
     chosen, refused = choose("gather_attend", IMPLEMENTATIONS, impl, call)
     if is_recording():
-        record(RunRecord("gather_attend", chosen.name, refused, index.density()))
+        record(RunRecord("gather_attend", chosen.name, refused, index.density(), pairs=q.shape[2] * k.shape[2]))
     out, lse = chosen.run(call)
     return AttentionOutput(out, lse) if return_lse else out
 
