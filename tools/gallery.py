@@ -29,7 +29,8 @@ TOKENS = 144
 
 GEOMETRIES: dict[str, Geometry] = {
     **dict.fromkeys(("asa", "draft", "rectified", "svg", "svg2", "svg_ear", "vmoba"), VIDEO),
-    **dict.fromkeys(("ee_mllm", "neighbor_aware"), MIXED),
+    "ee_mllm": MIXED,
+    "neighbor_aware": Geometry(grid=MIXED.grid, prefix=MIXED.prefix, suffix=MIXED.suffix),
     "neighborhood": IMAGE,
     "arrow": Geometry(),
 }
@@ -38,6 +39,9 @@ GEOMETRIES: dict[str, Geometry] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "draft": {"tile": (3, 3), "density": 0.3, "block": 16},
     "swin": {"window": 4, "shift": 2, "block": 8},
+    "prefix_sharing": {"lengths": ((40, 32, 24), (12, 20, 16)), "block": 16},
+    "rectified": {"top_p": 0.25, "least": 0.05, "neighbors": False, "block": 12},
+    "neighbor_aware": {"window": 5, "causal_text": True, "block": 16},
     "sale": {"threshold": 0.9, "block_q": 16, "block_k": 8, "local": 16},
     "maxvit": {"size": 4, "form": "grid", "block": 8},
     "halonet": {"size": 4, "halo": 2, "block": 8},
@@ -205,10 +209,10 @@ def page() -> str:
         "# Patterns", "",
         (
             "What every selector of [the mechanisms](mechanisms.md) chooses on small inputs whose neighbours are "
-            "alike (`random_problem`), made by `tools/make_docs.py`. Rows are queries, columns keys: blue pairs are "
-            "computed, grey ones are the future. Two heads are drawn where they differ; on a grid also what the query "
-            "in the middle, orange, sees. On other inputs dynamic ones choose otherwise; `saccade show NAME --picture "
-            "FILE` draws larger ones."
+            "alike and that like keys near them (`random_problem`), made by `tools/make_docs.py`. Rows are queries, "
+            "columns keys: blue pairs are computed, grey ones are the future. Two heads are drawn where they differ; "
+            "on a grid also what the query in the middle, orange, sees. On other inputs dynamic ones choose "
+            "otherwise; `saccade show NAME --picture FILE` draws larger ones."
         ),
     ]  # fmt: skip
     groups = {"Sequences": None, "Images": 2, "Video": 3}

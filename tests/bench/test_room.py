@@ -10,6 +10,7 @@ import torch
 from saccade.bench import Problem, compare_room, random_problem
 from saccade.bench.compare import relative_error
 from saccade.bench.room import COLUMNS, Oracle, random_blocks
+from saccade.bench.training import CASES
 from saccade.catalog import cards
 from saccade.ops import block_attend, recording
 from saccade.ops.dispatch import density_of
@@ -104,6 +105,11 @@ DYNAMIC = list(dynamic_selectors())
 @pytest.mark.parametrize("name", ["hip", "infllm_v2", "llsa", "svg", "svg_ear"])
 def test_what_looks_at_the_input_is_found(name):
     assert name in {parameters.values[0].name for parameters in DYNAMIC}
+
+
+def test_those_that_are_made_to_be_trained_are_trained_in_the_benchmark():
+    made = {parameters.values[0].name for parameters in DYNAMIC if not parameters.values[0].training_free}
+    assert {"biformer", "llsa"} <= made <= set(CASES)
 
 
 def test_what_does_not_is_not():
