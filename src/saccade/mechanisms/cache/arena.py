@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from saccade.mechanisms.cache.mapping import Mapping
+
 RESERVED = 256 * 2**20
 """Address space, in bytes, that an arena on a Linux host starts with; it costs nothing before it is written to."""
 
@@ -17,6 +19,9 @@ GROWTH = 8
 
 STRETCH = 16 * 2**20
 """Bytes that are moved at a time when an arena outgrows its reservation, each stretch freed before the next."""
+
+FILLED = 2**20
+"""Bytes of a page up to which it counts as soon full: larger ones may be reservations, of which a part is written."""
 
 COUNTED = mmap.PAGESIZE
 """`users` has a multiple of so many places, which end where a page of the system does."""
@@ -46,7 +51,7 @@ class Arena:
         self.shared = 0
         self._free: list[int] = []
         self._high = 0
-        self.mapping: mmap.mmap | None = None
+        self.mapping: Mapping | None = None
         self.users = torch.zeros(0, dtype=torch.int64)
         self.bytes = torch.empty(0, page_nbytes, dtype=torch.uint8, device=device)
 
@@ -81,6 +86,7 @@ class Arena:
         recycled = self._free[len(self._free) - (count - fresh) :]
         del self._free[len(self._free) - len(recycled) :]
         pages = torch.tensor([*recycled, *range(self._high, self._high + fresh)], dtype=torch.int64)
+        self._expect(self._high, self._high + fresh)
         self._high += fresh
         self.users[pages] = 1
         return pages
@@ -99,32 +105,38 @@ class Arena:
         self._free += empty.tolist()
         if self.mapping is not None:
             for start, stop in _runs(empty, self.users, self.page_nbytes):
-                release(self.mapping, start * self.page_nbytes, stop * self.page_nbytes)
+                self.mapping.release(start * self.page_nbytes, stop * self.page_nbytes)
+
+    def _expect(self, start: int, stop: int) -> None:
+        """Pages start .. stop - 1 are about to be written throughout, unless they are reservations."""
+        if self.mapping is not None and self.page_nbytes <= FILLED:
+            self.mapping.expect(start * self.page_nbytes, stop * self.page_nbytes)
 
     def _grow(self, pages: int) -> None:
         """Reserve room for at least so many pages and move what is in use there, amortised O(1) per page."""
         old, old_map = self.bytes, self.mapping
         fresh, self.mapping = _memory(pages, self.page_nbytes, len(old), self.device)
         stretch = max(1, STRETCH // self.page_nbytes)
+        for first, last in _stretches(self.users[: self._high].nonzero().flatten()):
+            self._expect(first, last)
         for start in range(0, self._high, stretch):
             used = self.users[start : start + stretch].nonzero().flatten().to(self.device) + start
             fresh[used] = old[used]
             if old_map is not None:
-                release(old_map, start * self.page_nbytes, min(start + stretch, self._high) * self.page_nbytes)
+                old_map.release(start * self.page_nbytes, min(start + stretch, self._high) * self.page_nbytes)
         self.bytes = fresh
 
 
-def _memory(pages: int, page_nbytes: int, before: int, device: torch.device) -> tuple[Tensor, mmap.mmap | None]:
+def _memory(pages: int, page_nbytes: int, before: int, device: torch.device) -> tuple[Tensor, Mapping | None]:
     """Room for `pages` pages or more, and its mapping where memory can be given back."""
     if device.type == "cpu" and sys.platform == "linux":
         capacity = max(RESERVED // page_nbytes, GROWTH * before, pages)
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
         for room in (capacity, pages):  # a limit on address space may leave no more than what is needed
             try:
-                mapping = mmap.mmap(-1, room * page_nbytes, flags=flags)
+                mapping = Mapping(room * page_nbytes)
             except (OSError, ValueError):
                 continue
-            return torch.frombuffer(mapping, dtype=torch.uint8).resize_(room, page_nbytes), mapping
+            return mapping.bytes.view(room, page_nbytes), mapping
     room = max(pages, before + before // 2)
     try:
         return torch.empty(room, page_nbytes, dtype=torch.uint8, device=device), None
@@ -132,28 +144,25 @@ def _memory(pages: int, page_nbytes: int, before: int, device: torch.device) -> 
         raise MemoryError(f"no memory for {room * page_nbytes:,} bytes of keys and values: {error}") from error
 
 
-def release(mapping: mmap.mmap, start: int, stop: int) -> None:
-    """Give the system's pages that lie within bytes start .. stop - 1 back to it."""
-    start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
-    if start < stop:
-        mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
-
-
 def _runs(pages: Tensor, users: Tensor, size: int) -> Iterator[tuple[int, int]]:
     """Stretches `(start, stop)` of unused pages, `size` bytes each, that hold these sorted pages.
 
     They reach as far as a page of the system does, so that it goes back when the last page on it is unused.
     """
-    if len(pages) == 0:
-        return
-    breaks = (pages.diff() > 1).nonzero().flatten() + 1
-    for run in pages.tensor_split(breaks):
-        start, stop = int(run[0]), int(run[-1]) + 1
+    for first, last in _stretches(pages):
+        start, stop = first, last
         while start > 0 and start * size % mmap.PAGESIZE and users[start - 1] == 0:
             start -= 1
         while stop < len(users) and stop * size % mmap.PAGESIZE and users[stop] == 0:
             stop += 1
         yield start, stop
+
+
+def _stretches(pages: Tensor) -> Iterator[tuple[int, int]]:
+    """Stretches `(start, stop)` of consecutive numbers among these sorted pages."""
+    if len(pages):
+        breaks = (pages.diff() > 1).nonzero().flatten() + 1
+        yield from ((int(run[0]), int(run[-1]) + 1) for run in pages.tensor_split(breaks))
 
 
 __all__ = ["Arena"]

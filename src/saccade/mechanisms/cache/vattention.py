@@ -10,7 +10,6 @@ from torch import Tensor
 
 from saccade.catalog import register
 from saccade.mechanisms.base import require
-from saccade.mechanisms.cache.arena import release
 from saccade.mechanisms.cache.base import CachePolicy
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.store import KVStore
@@ -74,7 +73,7 @@ class ContiguousStore(KVStore):
                 for part in self.table.layout.parts.values():
                     first, stop = (int(x[batch, head]) * part.width * part.dtype.itemsize + part.start + base
                                    for x in (self.lengths, before))  # fmt: skip
-                    release(arena.mapping, first, -(-stop // mmap.PAGESIZE) * mmap.PAGESIZE)
+                    arena.mapping.release(first, -(-stop // mmap.PAGESIZE) * mmap.PAGESIZE)
 
     def view(self, name: str) -> Tensor:
         """A part of all tokens in place, `[B, G, n, width]`: what a kernel reads that knows nothing of pages.
