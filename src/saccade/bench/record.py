@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ import torch
 from saccade.models.tasks import last_hidden_states
 from saccade.models.text import builtin_text
 from saccade.plug import Observation, attention_layers, watch
+
+
+class _SeenAll(Exception):  # noqa: N818  no error: it ends a pass whose other layers nobody asked for
+    """All layers that were wanted have been seen."""
 
 
 def record_layers(model: Any, tokenizer: Any, context: int, layers: Sequence[int]) -> list[Observation]:
@@ -34,13 +39,15 @@ def record_layers(model: Any, tokenizer: Any, context: int, layers: Sequence[int
     ids = torch.tensor(tokenizer(builtin_text(), add_special_tokens=False).input_ids)
     if not 2 <= context <= len(ids):
         raise ValueError(f"context={context}: expected 2 to {len(ids)} tokens, the built-in text's")
-    wanted, seen = {names[layer] for layer in layers}, []
+    wanted, seen = {names[layer] for layer in layers}, list[Observation]()
 
     def observe(observation: Observation) -> None:
         if observation.layer in wanted:
             seen.append(observation)
+            if len(seen) == len(wanted):
+                raise _SeenAll
 
-    with torch.no_grad(), watch(model, observe):
+    with suppress(_SeenAll), torch.no_grad(), watch(model, observe):
         last_hidden_states(model, ids[:context])
     return seen
 
