@@ -194,7 +194,7 @@ def test_the_table(byte_model: tuple[Any, Any], tmp_path: Path) -> None:
 def test_decoding_beside_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"HEADS": 4, "KV_HEADS": 2, "DIM": 32, "MLP": 32}.items():
         monkeypatch.setattr(cache_speed, name, value)
-    rows = bench_decode((256,), rounds=1, only="^h2o|^8 bits|^sink_recent at|^lamina|^vattention")
+    rows = bench_decode((256,), rounds=1, only="^h2o|^8 bits|^sink_recent at|^snapkv|^lamina|^vattention")
     assert rows[0].name == cache_speed.DENSE
     assert rows[0].freed == 0
     assert rows[0].layer_speedup == rows[0].attention_speedup == 1
@@ -204,6 +204,8 @@ def test_decoding_beside_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert by_name["lamina"].freed == 1.0
     assert by_name["vattention"].nbytes > 0
     assert by_name["sink_recent at 25%"].freed > 0.6
+    assert by_name["snapkv at 25%"].freed > 0.4
+    assert by_name["snapkv + 8 bits at 75%"].freed > 0.4
     assert all(len(cells) == len(cache_speed.COLUMNS) for row in rows for cells in row.rows())
     assert json.loads(json.dumps(rows[0].to_json()))["tokens"] == 256
     with pytest.raises(ValueError, match=r"rounds=0, lengths=\(256,\): expected at least 1, and 64 tokens"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saccade.bench.cache_rows import candidates, composed, matching, placed
 from saccade.bench.measure import interleaved, median, quartiles
-from saccade.mechanisms.cache.base import CachePolicy, Step, decode_step
+from saccade.mechanisms.cache.base import CachePolicy, Composed, Step, decode_step
 
 HEADS, KV_HEADS, DIM, MLP, LAYERS = 32, 8, 128, 14_336, 32
 """Query heads, key/value heads, channels of a head, width of the MLP, and layers: Llama 3.1 8B."""
@@ -178,6 +178,7 @@ def _paged(model: Any, policy: CachePolicy, q: Tensor, k: Tensor, v: Tensor) -> 
     """Saccade's cache, filled and cut as the policy says after the last queries of the prompt."""
     from saccade.plug import PagedCache
 
+    policy = _of_prompt(policy, k.shape[2])
     cache = PagedCache(model, policy)
     (layer,) = cache.layers
     before = k.shape[2] - LAST
@@ -185,6 +186,14 @@ def _paged(model: Any, policy: CachePolicy, q: Tensor, k: Tensor, v: Tensor) -> 
     decode_step(policy, layer.store, q, k[:, :, before:], v[:, :, before:], step=Step())
     layer.length = k.shape[2]
     return cache
+
+
+def _of_prompt(policy: CachePolicy, tokens: int) -> CachePolicy:
+    """The policy, told how long the prompt is where it asks: only the last `LAST` tokens come in a call."""
+    if isinstance(policy, Composed):
+        return replace(policy, keeper=_of_prompt(policy.keeper, tokens))
+    fields: Any = policy
+    return replace(fields, prompt=tokens) if hasattr(policy, "prompt") else policy
 
 
 __all__ = ["COLUMNS", "LENGTHS", "DecodeRow", "bench_decode", "one_layer"]
