@@ -205,7 +205,7 @@ def test_decoding_beside_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert by_name["vattention"].nbytes > 0
     assert by_name["sink_recent at 25%"].freed > 0.6
     assert by_name["snapkv at 25%"].freed > 0.4
-    assert by_name["snapkv + 8 bits at 75%"].freed > 0.4
+    assert by_name["snapkv + 8 bits at 75%"].freed > by_name["8 bits"].freed
     assert all(len(cells) == len(cache_speed.COLUMNS) for row in rows for cells in row.rows())
     assert json.loads(json.dumps(rows[0].to_json()))["tokens"] == 256
     with pytest.raises(ValueError, match=r"rounds=0, lengths=\(256,\): expected at least 1, and 64 tokens"):
