@@ -28,7 +28,7 @@ if os.environ.get("SACCADE_SANITIZE"):  # see tools/sanitize.py
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {
-    "portable": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "portable": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
 }  # fmt: skip
 
 

@@ -163,7 +163,7 @@ def test_small_cases_run_and_agree_with_their_peers():
         progress=seen.append,
     )
     assert seen == outcomes
-    assert len(outcomes) == 11
+    assert len(outcomes) == 12
     for outcome in outcomes:
         assert outcome.engine.endswith(":cpu")
         assert outcome.ours > 0

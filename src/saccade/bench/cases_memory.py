@@ -12,6 +12,7 @@ from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
 from saccade.bench.cases import DTYPES, draw
 from saccade.bench.ops import Case, Peer, Work
+from saccade.mechanisms.cache.store import KVStore
 from saccade.ops import attend, decode_attend, gather_attend
 from saccade.types import KVPages, TokenIndex
 from saccade.types.pages import dequantise, quantise
@@ -29,7 +30,8 @@ def cases(quick: bool) -> list[Case]:
     lists = [(1024, 64)] if quick else itertools.product((32768, 131072), (1024, 4096))
     for (tokens, kept), dtype in itertools.product(lists, DTYPES):
         name = f"top-k {kept:,} of {tokens:,} D=128 {dtype}"
-        found.append(Case(name, partial(_top_k, tokens, kept, DTYPES[dtype])))
+        found.append(Case(f"{name} in tensors", partial(_top_k, tokens, kept, DTYPES[dtype])))
+        found.append(Case(f"{name} in a store", partial(_top_k_stored, tokens, kept, DTYPES[dtype])))
     return found
 
 
@@ -104,10 +106,15 @@ def _codes(tokens: int, bits: int) -> Work:
     )
 
 
+def best(tokens: int, kept: int) -> Tensor:
+    """Places of the keys that each key/value head would choose, in order: int64 `[KV_HEADS, kept]`."""
+    noise = torch.rand(KV_HEADS, tokens, generator=torch.Generator().manual_seed(3))
+    return noise.topk(kept, -1).indices.sort(-1).values
+
+
 def _top_k(tokens: int, kept: int, dtype: torch.dtype) -> Work:
     q, k, v = cache(tokens, dtype)
-    noise = torch.rand(KV_HEADS, tokens, generator=torch.Generator().manual_seed(3))
-    chosen = noise.topk(kept, -1).indices.sort(-1).values
+    chosen = best(tokens, kept)
     index = TokenIndex(chosen[None, :, None], 1, tokens)  # a list per key/value head, shared by its query heads
     flat = (chosen + torch.arange(KV_HEADS)[:, None] * tokens).reshape(-1)
 
@@ -125,6 +132,31 @@ def _top_k(tokens: int, kept: int, dtype: torch.dtype) -> Work:
             "one read of the same rows": Peer(partial(read_rows, flat, k, v), same=False),
         },
         bytes=2 * KV_HEADS * kept * DIM * q.element_size(),
+        before=cold(),
+    )
+
+
+def _top_k_stored(tokens: int, kept: int, dtype: torch.dtype) -> Work:
+    """The same keys in the memory of a `KVStore`, which lies in large pages where the system has them."""
+    q, k, v = cache(tokens, dtype)
+    store = KVStore()
+    store.append(k, v)
+    pages, chosen = store.pages(), best(tokens, kept)
+    nbytes = 2 * KV_HEADS * kept * DIM * q.element_size()
+    page = chosen // pages.page_size
+    rows = pages.table[0].gather(1, page), chosen % pages.page_size
+
+    def gathered() -> Tensor:
+        near, values = (x[rows][None] for x in (pages.k, pages.v))
+        return scaled_dot_product_attention(q, near, values, enable_gqa=True)
+
+    return Work(
+        _must_run(lambda: decode_attend(q, store.pages(), slots=chosen[None], impl="cpu")),  # pages go with the store
+        {
+            "indexing + SDPA": Peer(gathered),
+            "one read of as many bytes of the store": Peer(read(store.table.arena.bytes.view(-1)[:nbytes]), same=False),
+        },
+        bytes=nbytes,
         before=cold(),
     )
 

@@ -114,6 +114,7 @@ def test_every_cache_agrees_with_the_oracle(kind: str, impl: str) -> None:
             left, right = rules.get("window", (-1, -1))
             expected = oracle(q, cache, left, 0 if rules["causal"] else right, rules.get("softcap"), 0.2)
             error = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}[dtype]
+            error += 1e-4 if impl == "cpu" and cache.bits else 0.0  # queries of 15 bits, weights of 16
             for isa in cpu.INSTRUCTION_SETS if impl == "cpu" else [None]:
                 if isa is not None and cpu.use(isa) is None:
                     continue
@@ -231,7 +232,8 @@ def test_listed_slots_and_no_others(impl: str, bits: int | None, lists: int, que
     scores = (q.double() @ k.repeat_interleave(2, 1).mT * 32**-0.5).masked_fill(~mask, -INF)
     expected = scores.softmax(-1).nan_to_num() @ v.repeat_interleave(2, 1)
     out, lse = decode_attend(q, cache, slots=slots, return_lse=True, impl=impl)
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+    error = 1e-4 if impl == "cpu" and bits else 1e-5  # weights of 16 bits
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=error)
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=0, atol=1e-5)
     nothing = decode_attend(q, cache, slots=slots[..., :0], return_lse=True, impl="auto")
     assert not bool(nothing.out.any())

@@ -6,285 +6,17 @@
 // along the keys.
 #pragma once
 #include "attend.hpp"
-#include "codes.hpp"
-#include "problem_decode.hpp"
+#include "decode_codes.hpp"
+#include "decode_products.hpp"
 
 namespace saccade::SACCADE_ISA {
 
-constexpr int SLICE = 128;   // keys of a tile, at most
 constexpr int ROWS = 64;     // queries of a unit, at most
 constexpr int FEW_ROWS = 8;  // so many queries do not repay a tile of widened keys and values
-constexpr int64_t REACH = 16384;  // bytes of the keys of a tile: see Ahead
-
-// A row of `depth` >= LANES elements is covered by whole vectors; the last one may overlap the one before.
-INLINE int vectors(int64_t depth) { return int((depth + LANES - 1) / LANES); }
-INLINE int64_t place(int64_t depth, int v) { return (v + 1) * LANES <= depth ? v * LANES : depth - LANES; }
-INLINE int64_t padded(int64_t depth) { return (depth + LANES - 1) / LANES * LANES; }
-
-struct Floats {
-  typedef float element;
-  typedef vf vector;
-  static constexpr int PER_ELEMENT = 1;
-  INLINE vf take(const float* p) { return load(p); }
-  INLINE vf spread(float x) { return splat(x); }
-  INLINE vf multiply(vf acc, vf a, vf b) { return acc + a * b; }
-};
-
-struct HalfPairs {
-  typedef uint32_t element;
-  typedef vu vector;
-  static constexpr int PER_ELEMENT = 2;
-  INLINE vu take(const uint32_t* p) { return *reinterpret_cast<const vu_half*>(p); }
-  INLINE vu spread(uint32_t x) { return x - vu{}; }
-  INLINE vf multiply(vf acc, vu a, vu b) { return dot_bf16(acc, a, b); }
-};
-
-// What memory should bring while other rows are worked on: the values of a tile while its scores are taken, the next keys
-// while its values are weighed. A tile is some REACH bytes of keys: enough that what was asked for arrives in time, and
-// little enough that it is still in the first cache then. Lines are asked for evenly, since memory takes a bounded queue of
-// them, and in the order of their addresses, which the machine's own prefetchers continue.
-class Ahead {
- public:
-  Ahead(const char* const* rows, int count, int64_t bytes) : row(rows), last(rows + count), bytes(bytes) {}
-
-  // A few lines are asked for in each of so many steps, such that all are when the steps are over.
-  struct Pace {
-    int mask, times;
-  };
-  Pace pace(int64_t steps) const {
-    const int64_t all = portions();
-    int period = 1;
-    while (period < 8 && all * period * 2 <= steps) period *= 2;
-    return {period - 1, int((all * period + steps - 1) / steps)};
-  }
-  __attribute__((always_inline)) void fetch(int step, Pace pace) {
-    if (step & pace.mask) return;
-    for (int i = 0; i < pace.times; ++i) fetch();
-  }
-
- private:
-  static constexpr int LINES = 4;  // of a portion
-  const char *const *row, *const *last;
-  int64_t bytes;
-  const char *at = nullptr, *end = nullptr;
-
-  // At least as many as there are; a row that does not begin with a line may take one more.
-  int64_t portions() const {
-    const int64_t rows = last - row;
-    return rows ? (rows * ((bytes + (reinterpret_cast<uintptr_t>(*row) & 63) + 63) / 64) + LINES - 1) / LINES : 0;
-  }
-  __attribute__((always_inline)) void fetch() {
-    if (end - at >= 64 * LINES) {
-#pragma GCC unroll 4
-      for (int i = 0; i < LINES; ++i) __builtin_prefetch(at + 64 * i);
-      at += 64 * LINES;
-      return;
-    }
-    for (int i = 0; i < LINES; ++i, at += 64) {
-      if (at >= end) {
-        if (row == last) return;
-        const char* begin = *row++;
-        end = begin + bytes;
-        for (; row < last && *row == end; ++row) end += bytes;
-        at = begin - (reinterpret_cast<uintptr_t>(begin) & 63);
-      }
-      __builtin_prefetch(at);
-    }
-  }
-};
-
-// Lane i: the sum over the lanes of acc[i]. Steps are template instances: of a loop the compiler would keep acc in memory.
-template <int HALF = LANES / 2>
-INLINE vf sums_of(vf* acc) {
-  vi upper, other;  // the partner lane, of the second vector where `upper`
-  for (int i = 0; i < LANES; ++i) {
-    upper[i] = i & HALF ? -1 : 0;
-    other[i] = (i ^ HALF) + (i & HALF ? LANES : 0);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < HALF; ++i) {
-    vf a = acc[i], b = acc[i + HALF];
-    acc[i] = (upper ? b : a) + __builtin_shuffle(a, b, other);
-  }
-  if constexpr (HALF > 1)
-    return sums_of<HALF / 2>(acc);
-  else
-    return acc[0];
-}
-
-// Rows of keys or values as the products want them: row(j).take(at, v) is vector v, which begins at element `at`.
-template <class Op>
-struct Ready {
-  const typename Op::element* const* rows;
-  struct Row {
-    const typename Op::element* data;
-    __attribute__((always_inline)) typename Op::vector take(int64_t at, int) const { return Op::take(data + at); }
-  };
-  __attribute__((always_inline)) Row row(int j) const { return {rows[j]}; }
-};
-
-// Rows that are widened on the way; codes without zero points.
-template <int32_t STORAGE>
-struct Narrow {
-  const char* const* rows;
-  const float* const* scale;
-  int64_t half;          // channels in a half of the row
-  const uint8_t* group;  // of each vector
-  struct Row {
-    const char* data;
-    const float* scale;
-    int64_t half;
-    const uint8_t* group;
-    __attribute__((always_inline)) vf take(int64_t at, int v) const {
-      vf x = raw<STORAGE>(data, at, half);
-      return STORAGE == INT8 || STORAGE == INT4 ? x * scale[group[v]] : x;
-    }
-  };
-  __attribute__((always_inline)) Row row(int j) const { return {rows[j], scale[j], half, group}; }
-};
-
-// out[r][j] = scale * queries[r] . keys[first + j] for R queries and LANES / R keys.
-template <class Op, int R, class Source>
-INLINE void dots(const Source& keys, int first, const typename Op::element* queries, int64_t depth, float scale, float* out,
-                 Ahead* ahead, Ahead::Pace pace) {
-  constexpr int KEYS = LANES / R;
-  const int count = vectors(depth);
-  vf acc[LANES];
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) acc[i] = vf{};
-  typename Source::Row row[KEYS];
-#pragma GCC unroll 16
-  for (int j = 0; j < KEYS; ++j) row[j] = keys.row(first + j);
-  for (int s = 0; s < count; ++s) {
-    const int64_t at = place(depth, s);
-    if (ahead) ahead->fetch(s, pace);
-    typename Op::vector key[KEYS];
-#pragma GCC unroll 16
-    for (int j = 0; j < KEYS; ++j) key[j] = row[j].take(at, s);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      typename Op::vector query = Op::take(queries + r * int64_t(count) * LANES + s * LANES);
-#pragma GCC unroll 16
-      for (int j = 0; j < KEYS; ++j) acc[r * KEYS + j] = Op::multiply(acc[r * KEYS + j], key[j], query);
-    }
-  }
-  float sums[LANES];
-  store(sums, sums_of(acc) * scale);
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) __builtin_memcpy(out + r * SLICE, sums + r * KEYS, KEYS * sizeof(float));
-}
-
-// out[r] = out[r] * factor[r] + sum over j of weights[r][j] * values[j], on V vectors of channels from the `first` on.
-template <class Op, int R, int V, class Source>
-INLINE void weigh(const Source& values, int count, int64_t depth, int first, const typename Op::element* weights,
-                  const float* factor, float* out, Ahead* ahead, Ahead::Pace pace) {
-  const int64_t stride = int64_t(vectors(depth)) * LANES;
-  vf acc[R][V];
-  int64_t at[V];
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) at[v] = place(depth, first + v);
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) acc[r][v] = load(out + r * stride + (first + v) * LANES) * factor[r];
-  for (int j = 0; j < count; ++j) {
-    if (ahead) ahead->fetch(j, pace);
-    const typename Source::Row row = values.row(j);
-    typename Op::vector value[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) value[v] = row.take(at[v], first + v);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      typename Op::vector weight = Op::spread(weights[r * SLICE / Op::PER_ELEMENT + j]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[r][v] = Op::multiply(acc[r][v], weight, value[v]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store(out + r * stride + (first + v) * LANES, acc[r][v]);
-}
-
-// Two rows of 2 * LANES bf16 as two vectors of pairs.
-INLINE void pair_wide(const uint32_t* even, const uint32_t* odd, vu* pairs) {
-  typedef uint16_t vw __attribute__((vector_size(4 * LANES)));
-  typedef uint16_t vw_any __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
-  vw low, high;
-  for (int i = 0; i < LANES; ++i) {
-    low[2 * i] = uint16_t(i);
-    low[2 * i + 1] = uint16_t(i + 2 * LANES);
-    high[2 * i] = uint16_t(i + LANES);
-    high[2 * i + 1] = uint16_t(i + 3 * LANES);
-  }
-  vw a = *reinterpret_cast<const vw_any*>(even), b = *reinterpret_cast<const vw_any*>(odd);
-  pairs[0] = (vu)__builtin_shuffle(a, b, low);
-  pairs[1] = (vu)__builtin_shuffle(a, b, high);
-}
-
-// As weigh, of rows of bf16 that are paired on the way, two by two; `depth` is a multiple of 2 * LANES.
-template <int R, int V>
-INLINE void weigh_halves(const uint32_t* const* values, int count, int64_t depth, int first, const uint32_t* weights,
-                         const float* factor, float* out, Ahead* ahead, Ahead::Pace pace) {
-  vf acc[R][V];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) acc[r][v] = load(out + r * depth + (first + v) * LANES) * factor[r];
-  for (int j = 0; j < count; ++j) {
-    if (ahead) ahead->fetch(j, pace);
-    vu value[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v += 2)
-      pair_wide(values[2 * j] + (first + v) * LANES / 2, values[2 * j + 1] + (first + v) * LANES / 2, value + v);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      vu weight = weights[r * SLICE / 2 + j] - vu{};
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[r][v] = dot_bf16(acc[r][v], weight, value[v]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store(out + r * depth + (first + v) * LANES, acc[r][v]);
-}
-
-template <int R>
-INLINE void weigh_all_halves(const uint32_t* const* values, int count, int64_t depth, const uint32_t* weights,
-                             const float* factor, float* out, Ahead* ahead) {
-  const int all = int(depth / LANES), passes = (all + 3) / 4;
-  const Ahead::Pace pace = ahead ? ahead->pace(passes * int64_t(count)) : Ahead::Pace{};
-  int v = 0;
-  for (; v + 4 <= all; v += 4) weigh_halves<R, 4>(values, count, depth, v, weights, factor, out, ahead, pace);
-  for (; v < all; v += 2) weigh_halves<R, 2>(values, count, depth, v, weights, factor, out, ahead, pace);
-}
-
-template <class Op, int R, class Source>
-INLINE void weigh_all(const Source& values, int count, int64_t depth, const typename Op::element* weights, const float* factor,
-                      float* out, Ahead* ahead) {
-  constexpr int MOST = LANES == 16 ? (R == 4 ? 4 : 8) : 8 / R;  // accumulators that fit the registers
-  const int all = vectors(depth), passes = (all + MOST - 1) / MOST;
-  const Ahead::Pace pace = ahead ? ahead->pace(passes * int64_t(count)) : Ahead::Pace{};
-  int v = 0;
-  for (; v + MOST <= all; v += MOST) weigh<Op, R, MOST>(values, count, depth, v, weights, factor, out, ahead, pace);
-  if constexpr (MOST > 4)
-    for (; v + 4 <= all; v += 4) weigh<Op, R, 4>(values, count, depth, v, weights, factor, out, ahead, pace);
-  if constexpr (MOST > 2)
-    for (; v + 2 <= all; v += 2) weigh<Op, R, 2>(values, count, depth, v, weights, factor, out, ahead, pace);
-  for (; v < all; ++v) weigh<Op, R, 1>(values, count, depth, v, weights, factor, out, ahead, pace);
-}
-
-// The keys and values of a tile.
-struct Batch {
-  int count;
-  int64_t position[SLICE];
-  const char *key[SLICE], *value[SLICE];
-  const float *key_scale[SLICE], *key_zero[SLICE], *value_scale[SLICE], *value_zero[SLICE];
-};
+constexpr int64_t REACH = 32768;  // bytes of the keys of a tile: they and as many values wait in the second cache, see Ahead
 
 template <class Op>
-class Stream {
+class Stream : Walk {
   typedef typename Op::element element;
   static constexpr int PER = Op::PER_ELEMENT;
 
@@ -299,6 +31,10 @@ class Stream {
     if (storage == BF16 || storage == FP16) return true;
     if (scales.zero || scales.group % LANES != 0 || dim / LANES > MOST_VECTORS) return false;
     return storage == INT8 || dim / 2 % LANES == 0;
+  }
+  // Whether codes are multiplied as bytes, for so many rows.
+  static bool as_bytes(int64_t dim, int32_t storage, const Scales& scales, int64_t rows) {
+    return PER == 1 && rows <= CODE_ROWS && fits_bytes(dim, storage, scales);
   }
   static int64_t key_depth(const Decode& p) {
     return in_place(p.a.dim, p.kv_storage) ? p.a.dim / PER : padded((p.a.dim + PER - 1) / PER);
@@ -317,7 +53,8 @@ class Stream {
     };
     const int64_t keys = key_depth(p), values = value_depth(p);
     char* parts[] = {take(rows * padded(keys)), take(rows * SLICE), take(rows * SLICE), take(SLICE * padded(keys)),
-                     take(SLICE * padded(values)), take(padded(values)), take(rows)};
+                     take(SLICE * padded(values)), take(padded(values)), take(rows),
+                     take(HAS_BYTE_DOT && p.k_scales.scale ? int64_t(sizeof(CodeScratch)) / 4 : 0)};
     if (self) {
       self->queries = reinterpret_cast<element*>(parts[0]);
       self->scores = reinterpret_cast<float*>(parts[1]);
@@ -326,157 +63,119 @@ class Stream {
       self->values = reinterpret_cast<element*>(parts[4]);
       self->zeros = reinterpret_cast<element*>(parts[5]);
       self->factor = reinterpret_cast<float*>(parts[6]);
+      self->codes = reinterpret_cast<CodeScratch*>(parts[7]);
     }
     return used;
   }
 
+  static bool is_few(const Part& part) { return part.count <= FEW_ROWS; }
+  // Keys of a tile: as many as REACH takes where they are read in place.
+  static int64_t tile_keys(const Decode& p, const Part& part) {
+    const bool few = is_few(part);
+    if (as_bytes(p.a.dim, p.kv_storage, p.k_scales, part.count)) return SLICE;
+    if (!in_place(p.a.dim, p.kv_storage) && !(few && in_registers(p.a.dim, p.kv_storage, p.k_scales))) return SLICE / 2;
+    const int64_t keys = REACH / row_bytes(p.a.dim, p.kv_storage) / LANES * LANES, most = few ? SLICE : SLICE / 2;
+    return keys < 16 ? 16 : keys > most ? most : keys;
+  }
+
   Stream(const Decode& problem, const Part& part, char* memory, float* partial)
-      : p(problem), u(part), depth(key_depth(problem)), channels(value_depth(problem)) {
+      : Walk(problem, part, tile_keys(problem, part)), depth(key_depth(problem)), channels(value_depth(problem)) {
     lay_out(p, u.count, memory, this);
-    share = p.a.heads / p.list_heads;
-    head = u.t * share;
-    g = head / (p.a.heads / p.a.kv_heads);
-    members = p.a.queries - u.n * p.list_group;
-    if (members > p.list_group) members = p.list_group;
-    few = u.count <= FEW_ROWS;
+    few = is_few(u);
     key_in_place = in_place(p.a.dim, p.kv_storage);
     narrow_keys = few && in_registers(p.a.dim, p.kv_storage, p.k_scales);
     narrow_values = few && in_registers(p.a.value_dim, p.kv_storage, p.v_scales);
-    slots = SLICE / 2;
-    if (key_in_place || narrow_keys) {
-      slots = REACH / row_bytes(p.a.dim) / LANES * LANES;
-      const int64_t most = few ? SLICE : SLICE / 2;
-      slots = slots < 16 ? 16 : slots > most ? most : slots;
-    }
+    byte_keys = as_bytes(p.a.dim, p.kv_storage, p.k_scales, u.count);
+    byte_values = as_bytes(p.a.value_dim, p.kv_storage, p.v_scales, u.count);
     if (narrow_keys) number_groups(p.a.dim, p.k_scales.group, key_group);
     if (narrow_values) number_groups(p.a.value_dim, p.v_scales.group, value_group);
-    tokens = p.lengths ? p.lengths[u.b * p.a.kv_heads + g] : p.a.keys;
     outputs = partial;
     top = partial + u.count * padded(p.a.value_dim);
     sum = top + u.count;
   }
 
-  void run() {
+  // While the last keys are worked on, memory brings the first ones of the unit that this thread does next, if there is one.
+  void run(const Part* following) {
     for (int64_t r = 0; r < u.count; ++r) {
       top[r] = -INF;
       sum[r] = 0;
     }
-    int64_t start = u.start, end = u.end;
-    if (!p.lists) {
-      int64_t low = tokens, high = 0;
-      for (int64_t r = 0; r < u.count; ++r) {
-        if (lowest(r) < low) low = lowest(r);
-        if (highest(r) + 1 > high) high = highest(r) + 1;
-      }
-      start = start > low ? start : low;
-      end = end < high ? end : high;
-    }
     for (int64_t i = 0; i < u.count * vectors(channels) * LANES; ++i) outputs[i] = 0;
-    if (start >= end) return;
     for (int64_t e = 0; e < padded(channels); ++e) zeros[e] = 0;
-    pack_queries();
     Batch batches[2];
-    int64_t next = fill(batches[0], start, end);
+    next(batches[0]);
+    if (batches[0].count) pack_queries();
+    if constexpr (PER == 1)
+      for (int64_t r = 0; byte_keys && r < u.count; ++r)
+        byte_keys = split_query(queries + r * depth, p.a.dim, code_offset(), int(r), *codes);
     for (int now = 0; batches[now].count; now = !now) {
-      next = fill(batches[!now], next, end);
+      next(batches[!now]);
+      const bool last = batches[!now].count == 0;
+      if (last && following) Walk(p, *following, tile_keys(p, *following)).next(batches[!now]);
       tile(batches[now], batches[!now]);
+      if (last) break;
     }
   }
 
  private:
-  const Decode& p;
-  const Part& u;
   const int64_t depth, channels;  // elements of a key and of a value as the products see them
-  int64_t share, head, g, members, tokens;
   element *queries, *keys, *values, *zeros;
   float *scores, *factor, *outputs, *top, *sum;
   uint16_t* weights;
-  bool few, key_in_place, narrow_keys, narrow_values;
-  int64_t slots;  // keys of a tile
+  bool few, key_in_place, narrow_keys, narrow_values, byte_keys, byte_values;
+  CodeScratch* codes;
   uint8_t key_group[MOST_VECTORS], value_group[MOST_VECTORS];
+
+  int code_offset() const { return p.kv_storage == INT8 ? 128 : 8; }  // of keys as bytes without sign
+
+  // How often rows are asked for while scores are taken, and while values are weighed.
+  int64_t score_steps(int whole) const {
+    if (byte_keys) return row_blocks() * (whole / LANES) * (p.a.dim / CODE_SPAN) * (LANES / 4);
+    return vectors(depth) * u.count * whole / LANES;
+  }
+  int64_t weigh_steps(int count) const {
+    if (byte_values) return row_blocks() * ((count + 3) / 4) * (p.a.value_dim / CODE_SPAN) * 2;
+    return vectors(channels) / most_vectors(4) * (u.count / 4) * ((count + PER - 1) / PER);
+  }
+  int64_t row_blocks() const { return u.count / 4 + (u.count >> 1 & 1) + (u.count & 1); }
+
+  // Scales lie apart from the codes, several rows' in a line.
+  void ask_for_scales(const Batch& batch) const {
+    auto ask = [&](const Scales& x, const float* const* scale, const float* const* zero) {
+      const int step = p.lists || x.row_stride < 1 || x.row_stride > 8 ? 1 : int(16 / x.row_stride);
+      for (int j = 0; j < batch.count; j += step) {
+        __builtin_prefetch(scale[j]);
+        if (x.zero) __builtin_prefetch(zero[j]);
+      }
+    };
+    ask(p.k_scales, batch.key_scale, batch.key_zero);
+    ask(p.v_scales, batch.value_scale, batch.value_zero);
+  }
+
+  // body<STORAGE>()
+  template <class Body>
+  void with_codes(const Body& body) const {
+    if (p.kv_storage == INT8)
+      body.template operator()<INT8>();
+    else
+      body.template operator()<INT4>();
+  }
+
+  // body<R>(r) for blocks of R rows from r on.
+  template <class Body>
+  void by_rows(const Body& body) const {
+    int64_t r = 0;
+    for (; r + 4 <= u.count; r += 4) body.template operator()<4>(r);
+    if (r + 2 <= u.count) {
+      body.template operator()<2>(r);
+      r += 2;
+    }
+    if (r < u.count) body.template operator()<1>(r);
+  }
 
   void number_groups(int64_t dim, int64_t group, uint8_t* numbers) const {
     if (p.kv_storage != INT8 && p.kv_storage != INT4) return;
     for (int64_t d = 0; d < dim; d += LANES) numbers[d / LANES] = uint8_t(d / group);
-  }
-
-  int64_t query_of(int64_t r) const { return u.n * p.list_group + (u.first + r) % members; }
-  int64_t head_of(int64_t r) const { return head + (u.first + r) / members; }
-  int64_t lowest(int64_t r) const {
-    int64_t key = query_of(r) + tokens - p.a.queries - p.a.left;
-    return p.a.left < 0 || key < 0 ? 0 : key;
-  }
-  int64_t highest(int64_t r) const {
-    int64_t key = query_of(r) + tokens - p.a.queries + p.a.right;
-    return p.a.right < 0 || key >= tokens ? tokens - 1 : key;
-  }
-
-  // The next keys from slot `slot` on; the slot after them.
-  int64_t fill(Batch& batch, int64_t slot, int64_t end) const {
-    int count = 0;
-    if (p.lists) {
-      const int64_t* list = p.lists + u.b * p.list_stride[0] + u.t * p.list_stride[1] + u.n * p.list_stride[2];
-      for (; slot < end && count < slots; ++slot)
-        if (list[slot] >= 0) batch.position[count++] = list[slot];
-    } else {
-      for (; slot < end && count < slots; ++slot) batch.position[count++] = slot;
-    }
-    batch.count = count;
-    const int64_t bytes = p.kv_storage == FP32 ? 4 : p.kv_storage == INT8 || p.kv_storage == INT4 ? 1 : 2;
-    if (!p.table) {
-      find(batch, 0, count, 0, (u.b * p.a.k.batch_stride + g * p.a.k.head_stride) * bytes,
-           (u.b * p.a.v.batch_stride + g * p.a.v.head_stride) * bytes, bytes);
-    } else {
-      const int64_t* table = p.table + u.b * p.table_stride[0] + g * p.table_stride[1];
-      for (int from = 0, to; from < count; from = to) {  // the keys of one page
-        const int64_t entry = batch.position[from] / p.page_size, first = entry * p.page_size, page = table[entry];
-        for (to = from + 1; to < count && batch.position[to] >= first && batch.position[to] < first + p.page_size;) ++to;
-        find(batch, from, to, first, page * p.a.k.batch_stride * bytes, page * p.a.v.batch_stride * bytes, bytes);
-        if (p.k_scales.scale) find_scales(batch, from, to, first, page);
-      }
-    }
-    pad(batch);
-    return slot;
-  }
-
-  // Where keys from .. to - 1 of a batch lie; position `first` is that of the row at the offsets, in bytes.
-  void find(Batch& batch, int from, int to, int64_t first, int64_t key_offset, int64_t value_offset, int64_t bytes) const {
-    const int64_t key_step = p.a.k.row_stride * bytes, value_step = p.a.v.row_stride * bytes;
-    const char* key = static_cast<const char*>(p.a.k.data) + key_offset - first * key_step;
-    const char* value = static_cast<const char*>(p.a.v.data) + value_offset - first * value_step;
-    for (int j = from; j < to; ++j) {
-      batch.key[j] = key + batch.position[j] * key_step;
-      batch.value[j] = value + batch.position[j] * value_step;
-    }
-  }
-
-  void find_scales(Batch& batch, int from, int to, int64_t first, int64_t page) const {
-    const Scales &k = p.k_scales, &v = p.v_scales;
-    for (int j = from; j < to; ++j) {
-      const int64_t row = batch.position[j] - first;
-      batch.key_scale[j] = k.scale + page * k.page_stride + row * k.row_stride;
-      batch.value_scale[j] = v.scale + page * v.page_stride + row * v.row_stride;
-      batch.key_zero[j] = k.zero ? k.zero + page * k.page_stride + row * k.row_stride : nullptr;
-      batch.value_zero[j] = v.zero ? v.zero + page * v.page_stride + row * v.row_stride : nullptr;
-    }
-  }
-
-  // Whole vectors of keys are scored: those past the last are the first once more, and nobody reads their scores.
-  static void pad(Batch& batch) {
-    for (int j = batch.count; j % LANES; ++j) {
-      batch.key[j] = batch.key[0];
-      batch.key_scale[j] = batch.key_scale[0];
-      batch.key_zero[j] = batch.key_zero[0];
-    }
-  }
-
-  int64_t row_bytes(int64_t dim) const {
-    switch (p.kv_storage) {
-      case FP32: return dim * 4;
-      case INT8: return dim;
-      case INT4: return dim / 2;
-      default: return dim * 2;
-    }
   }
 
   void pack_queries() {
@@ -510,9 +209,10 @@ class Stream {
   }
 
   void tile(const Batch& batch, const Batch& coming) {
-    Ahead values_ahead(batch.value, batch.count, row_bytes(p.a.value_dim));
-    Ahead keys_ahead(coming.key, coming.count, row_bytes(p.a.dim));
     const int whole = (batch.count + LANES - 1) / LANES * LANES;
+    Ahead values_ahead(batch.value, batch.count, row_bytes(p.a.value_dim, p.kv_storage), score_steps(whole));
+    Ahead keys_ahead(coming.key, coming.count, row_bytes(p.a.dim, p.kv_storage), weigh_steps(batch.count));
+    if (p.k_scales.scale) ask_for_scales(coming);
     score_tile(batch, whole, values_ahead);
     const bool masked = soften_rows(batch, whole);
     bool poisoned[SLICE];
@@ -535,12 +235,23 @@ class Stream {
   }
 
   void score_tile(const Batch& batch, int whole, Ahead& ahead) {
+    if (byte_keys) {
+      const bool zero = p.k_scales.zero != nullptr;
+      turn_scales(batch.key_scale, batch.key_zero, zero, batch.count, p.a.dim / p.k_scales.group, *codes);
+      return by_rows([&]<int R>(int64_t r) {
+        with_codes([&]<int32_t STORAGE>() {
+          code_dots<STORAGE, R>(batch.key, whole, p.a.dim, p.k_scales.group, zero, score_factor(), int(r), *codes,
+                                scores + r * SLICE, ahead);
+        });
+      });
+    }
     if (narrow_keys)
       return narrow(batch.key, batch.key_scale, p.a.dim, key_group, [&](auto source) { score(source, whole, ahead); });
+    if (key_in_place) return score(Ready<Op>{reinterpret_cast<const element* const*>(batch.key)}, whole, ahead);
     const element* key[SLICE];
     const int64_t stride = padded(depth);
     for (int j = 0; j < whole; ++j) {
-      if (!key_in_place && j < batch.count) {
+      if (j < batch.count) {
         if constexpr (PER == 1)
           widen_row_of(batch.key[j], p.a.dim, p.kv_storage, batch.key_scale[j], batch.key_zero[j], p.k_scales.group, stride,
                        keys + j * stride);
@@ -548,7 +259,7 @@ class Stream {
           narrow_codes(batch.key[j], p.a.dim, p.kv_storage, batch.key_scale[j], batch.key_zero[j], p.k_scales.group, 2 * stride,
                        reinterpret_cast<uint16_t*>(keys + j * stride));
       }
-      key[j] = key_in_place ? reinterpret_cast<const element*>(batch.key[j]) : keys + (j < batch.count ? j : 0) * stride;
+      key[j] = keys + (j < batch.count ? j : 0) * stride;
     }
     score(Ready<Op>{key}, whole, ahead);
   }
@@ -556,29 +267,26 @@ class Stream {
   template <class Source>
   void score(const Source& key, int whole, Ahead& ahead) {
     const int64_t stride = int64_t(vectors(depth)) * LANES;
-    const float scale = plain() ? p.a.scale * LOG2E : p.a.scale;
-    int64_t r = 0;
-    auto block = [&]<int R>() {
+    const float scale = score_factor();
+    by_rows([&]<int R>(int64_t r) {
       constexpr int KEYS = LANES / R;
-      const Ahead::Pace pace = ahead.pace(whole / KEYS * int64_t(vectors(depth)));
       for (int j = 0; j < whole; j += KEYS)
-        dots<Op, R>(key, j, queries + r * stride, depth, scale, scores + r * SLICE + j, r ? nullptr : &ahead, pace);
-      r += R;
-    };
-    while (r + 4 <= u.count) block.template operator()<4>();
-    if (r + 2 <= u.count) block.template operator()<2>();
-    if (r < u.count) block.template operator()<1>();
+        dots<Op, R>(key, j, queries + r * stride, depth, scale, scores + r * SLICE + j, ahead);
+    });
   }
 
   // The sums of weighed values; poisoned ones, if there are any, count as 0.
   void weigh_tile(const Batch& batch, const bool* poisoned, Ahead& ahead) {
+    if (byte_values && !poisoned && weigh_bytes(batch, ahead)) return;
     if (narrow_values && !poisoned)
       return narrow(batch.value, batch.value_scale, p.a.value_dim, value_group,
                     [&](auto source) { add_values(source, batch.count, ahead); });
+    const bool ready = PER == 1 ? in_place(p.a.value_dim, p.kv_storage) : values_in_halves() && batch.count % 2 == 0;
+    if (ready && !poisoned)
+      return add_values(Ready<Op>{reinterpret_cast<const element* const*>(batch.value)}, batch.count / PER, ahead);
     const element* value[SLICE];
     const int64_t stride = padded(channels);
     if constexpr (PER == 1) {
-      const bool ready = in_place(p.a.value_dim, p.kv_storage);
       for (int j = 0; j < batch.count; ++j) {
         if (!ready)
           widen_row_of(batch.value[j], p.a.value_dim, p.kv_storage, batch.value_scale[j], batch.value_zero[j], p.v_scales.group,
@@ -603,26 +311,39 @@ class Stream {
     add_values(Ready<Op>{value}, (batch.count + PER - 1) / PER, ahead);
   }
 
+  // False, with nothing done, where scales are not those of numbers.
+  bool weigh_bytes(const Batch& batch, Ahead& ahead) {
+    const bool zero = p.v_scales.zero != nullptr;
+    const int64_t dim = p.a.value_dim, groups = dim / p.v_scales.group;
+    const int whole = (batch.count + LANES - 1) / LANES * LANES;
+    if (!turn_scales(batch.value_scale, batch.value_zero, zero, batch.count, groups, *codes)) return false;
+    for (int64_t r = 0; r < u.count; ++r) {
+      split_weights(scores + r * SLICE, whole, groups, p.kv_storage == INT8 ? 0 : 8, zero, int(r), *codes);
+      for (int64_t e = 0; e < dim; e += LANES) store(outputs + r * dim + e, load(outputs + r * dim + e) * factor[r]);
+    }
+    by_rows([&]<int R>(int64_t r) {
+      with_codes([&]<int32_t STORAGE>() {
+        code_values<STORAGE, R>(batch.value, (batch.count + 3) / 4 * 4, dim, p.v_scales.group, int(r), *codes, outputs + r * dim,
+                                dim, ahead);
+      });
+    });
+    return true;
+  }
+
   template <class Source>
   void add_values(const Source& value, int count, Ahead& ahead) {
     const int64_t stride = int64_t(vectors(channels)) * LANES;
-    int64_t r = 0;
-    auto block = [&]<int R>() {
-      Ahead* first = r ? nullptr : &ahead;
+    by_rows([&]<int R>(int64_t r) {
       if constexpr (PER == 1) {
-        weigh_all<Op, R>(value, count, channels, scores + r * SLICE, factor + r, outputs + r * stride, first);
+        weigh_all<Op, R>(value, count, channels, scores + r * SLICE, factor + r, outputs + r * stride, ahead);
       } else {
         const element* weight = reinterpret_cast<const uint32_t*>(weights + r * SLICE);
         if (values_in_halves())
-          weigh_all_halves<R>(value.rows, count, channels, weight, factor + r, outputs + r * stride, first);
+          weigh_all_halves<R>(value.rows, count, channels, weight, factor + r, outputs + r * stride, ahead);
         else
-          weigh_all<Op, R>(value, count, channels, weight, factor + r, outputs + r * stride, first);
+          weigh_all<Op, R>(value, count, channels, weight, factor + r, outputs + r * stride, ahead);
       }
-      r += R;
-    };
-    while (r + 4 <= u.count) block.template operator()<4>();
-    if (r + 2 <= u.count) block.template operator()<2>();
-    if (r < u.count) block.template operator()<1>();
+    });
   }
 
   // Whether values are paired in registers: no dearer than a tile of pairs as long as few rows need them.
@@ -630,6 +351,7 @@ class Stream {
     return PER == 2 && p.kv_storage == BF16 && p.a.value_dim % (2 * LANES) == 0 && few;
   }
 
+  float score_factor() const { return plain() ? p.a.scale * LOG2E : p.a.scale; }
   // Whether scores are the products and nothing else; they are then in units of log 2 already.
   bool plain() const { return p.a.softcap == 0 && !p.a.bias && !p.a.alibi; }
 

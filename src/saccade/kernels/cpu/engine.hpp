@@ -47,7 +47,8 @@ struct Engine {
   int64_t decode_rows;                                            // queries of a unit, at most
   int64_t (*decode_scratch)(const Decode&, int64_t rows);         // bytes per thread
   int64_t (*decode_partial)(const Decode&, int64_t rows);         // floats of a unit's result
-  void (*decode)(const Decode&, const Part&, char* scratch, float* partial);
+  // `following`: what the thread does next, or null.
+  void (*decode)(const Decode&, const Part&, const Part* following, char* scratch, float* partial);
   void (*decode_join)(const Decode&, const Part&, const float* partials, int64_t partial_size, int64_t parts);
   int64_t (*score_scratch)(const Decode&);                        // bytes per thread
   void (*decode_scores)(const Decode&, char* scratch, int64_t b, int64_t g, int64_t start, int64_t end);

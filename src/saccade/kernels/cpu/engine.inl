@@ -38,11 +38,11 @@ static int64_t decode_scratch(const Decode& p, int64_t rows) {
 
 static int64_t decode_partial(const Decode& p, int64_t rows) { return (rows * (padded(p.a.value_dim) + 2) + 15) / 16 * 16; }
 
-static void decode(const Decode& p, const Part& part, char* memory, float* partial) {
+static void decode(const Decode& p, const Part& part, const Part* following, char* memory, float* partial) {
   if (works_in_pairs(p))
-    Stream<HalfPairs>(p, part, memory, partial).run();
+    Stream<HalfPairs>(p, part, memory, partial).run(following);
   else
-    Stream<Floats>(p, part, memory, partial).run();
+    Stream<Floats>(p, part, memory, partial).run(following);
 }
 
 static const Engine ENGINE = {

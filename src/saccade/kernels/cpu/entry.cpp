@@ -22,7 +22,7 @@ const Engine* engine_named(int number) {
 bool machine_has(int number) {
 #if defined(__x86_64__)
   switch (number) {
-    case 0: return machine_has(1) && __builtin_cpu_supports("avx512bf16");
+    case 0: return machine_has(1) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
     case 1: return machine_has(2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     case 2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

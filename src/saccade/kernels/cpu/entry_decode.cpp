@@ -43,11 +43,13 @@ EXPORT int saccade_decode(const Decode* p) {
     partials = static_cast<float*>(std::malloc(size_t(sets * stretches * partial) * sizeof(float)));
     if (!partials) return 1;
   }
-  int failed = share_out(p->a.threads, sets * stretches, scratch_bytes + partial * 4 + 64, [=](int64_t number, char* scratch) {
-    Part part = part_of(number / stretches, number % stretches);
+  const int64_t units = sets * stretches;
+  int failed = share_out_ahead(p->a.threads, units, scratch_bytes + partial * 4 + 64, [=](int64_t number, int64_t next, char* scratch) {
+    Part part = part_of(number / stretches, number % stretches), following{};
     if (part.count <= 0) return;
+    if (next >= 0) following = part_of(next / stretches, next % stretches);
     float* result = partials ? partials + number * partial : reinterpret_cast<float*>(scratch + scratch_bytes);
-    engine->decode(*p, part, scratch, result);
+    engine->decode(*p, part, following.count > 0 ? &following : nullptr, scratch, result);
     if (!partials) engine->decode_join(*p, part, result, partial, 1);
   });
   if (partials && !failed) {

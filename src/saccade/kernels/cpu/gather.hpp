@@ -1,6 +1,6 @@
 // Attention of few queries over lists of keys, bound by the walk from row to row: rows lie far apart, so that each costs a
-// translation of its address besides its lines. Rows are loaded in the order key, value, key, value, a batch of tokens that
-// stays in cache, and then worked on; none is copied, and each is read once for all the queries that share it.
+// translation of its address besides its lines. The list says early which rows come, so that they are asked for many tokens
+// ahead, evenly; none is copied, and each is read once for all the queries that share it.
 //
 // Vectors lie along the head dim. Softmax is kept for four queries by four tokens, all in one vector where it has 16 lanes.
 // The products take rows by pointers, however these were found.
@@ -13,8 +13,7 @@ namespace saccade::SACCADE_ISA {
 
 constexpr int FEW = 4;               // tokens, and queries, that are worked on together
 constexpr int PAIRS = FEW * FEW;     // their scores
-constexpr int BATCH = 32;            // tokens brought to the cache before they are worked on
-constexpr int SOONER = 4;            // tokens between asking for a row and loading it
+constexpr int SOONER = 64;           // tokens between asking for a row and loading it: their rows wait in the second cache
 
 template <int32_t STORAGE>
 INLINE vf take_row(const char* row, int64_t d) {
@@ -106,11 +105,11 @@ class Picker {
     }
     for (int64_t i = 0; i < rows * p.value_dim; ++i) out[i] = 0;
     for (int64_t i = 0; i < all / FEW * PAIRS; ++i) top[i] = -INF, sum[i] = 0;
-    for (int64_t batch = 0; batch < count; batch += BATCH) {
-      const int64_t end = batch + BATCH < count ? batch + BATCH : count;
-      for (int64_t j = batch; j < end; ++j) bring(j);
-      for (int64_t j = batch; j < end; j += FEW) tokens(j, end - j < FEW ? end - j : FEW);
+    for (int64_t j = 0; j < SOONER; j += FEW) {
+      ask(j, key, key_step, p.dim * bytes);
+      ask(j, value, value_step, p.value_dim * bytes);
     }
+    for (int64_t j = 0; j < count; j += FEW) tokens(j, count - j < FEW ? count - j : FEW);
     for (int64_t r = 0; r < rows; ++r) {
       const float* from = sum + r * FEW;
       out[all * p.value_dim + r] = top[r * FEW];
@@ -142,20 +141,12 @@ class Picker {
     return inside;
   }
 
-  // Loads a token's lines: in order, so that the machine's own prefetching joins in, which asking for each line would keep
-  // from what it has to queue. Only the first lines are asked for ahead, for the walk to their pages.
-  void bring(int64_t j) const {
-    const int64_t coming = position[j + SOONER < count ? j + SOONER : count - 1], bytes = STORAGE == FP32 ? 4 : 2;
-    __builtin_prefetch(key + coming * key_step);
-    __builtin_prefetch(value + coming * value_step);
-    touch(key + position[j] * key_step, p.dim * bytes);
-    touch(value + position[j] * value_step, p.value_dim * bytes);
-  }
-
-  static void touch(const char* row, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) {
-      const uint16_t word = *reinterpret_cast<const uint16_t*>(row + at);
-      asm volatile("" ::"r"(word));  // the load must happen, its result is not needed
+  // Asks for the rows of tokens j .. j + FEW - 1, as far as there are any.
+  __attribute__((always_inline)) void ask(int64_t j, const char* rows, int64_t step, int64_t bytes) const {
+    for (int64_t i = j; i < j + FEW && i < count; ++i) {
+      const char* row = rows + position[i] * step;
+      for (const char* at = row - (reinterpret_cast<uintptr_t>(row) & 63); at < row + bytes; at += 64)
+        __builtin_prefetch(at, 0, 2);
     }
   }
 
@@ -167,13 +158,16 @@ class Picker {
       keys[i] = key + at * key_step;
       values[i] = value + at * value_step;
     }
+    const int64_t bytes = STORAGE == FP32 ? 4 : 2;
+    ask(j + SOONER, key, key_step, p.dim * bytes);
     int64_t r = 0;
     for (; r + FEW <= rows; r += FEW) block<FEW>(keys, values, r, here);
     switch (rows - r) {
-      case 3: return block<3>(keys, values, r, here);
-      case 2: return block<2>(keys, values, r, here);
-      case 1: return block<1>(keys, values, r, here);
+      case 3: block<3>(keys, values, r, here); break;
+      case 2: block<2>(keys, values, r, here); break;
+      case 1: block<1>(keys, values, r, here); break;
     }
+    ask(j + SOONER, value, value_step, p.value_dim * bytes);
   }
 
   template <int R>

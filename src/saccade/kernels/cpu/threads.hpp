@@ -66,22 +66,40 @@ class ThreadMemory {
   int64_t size;
 };
 
-// Runs unit(number, scratch) for all numbers, each thread taking the next one. 0, or 1 if memory ran out.
-template <class Unit>
-int share_out(int threads, int64_t units, int64_t scratch_bytes, const Unit& unit) {
-  std::atomic<int64_t> next{0};
+// Runs body(scratch, failed) on each thread of a team. 0, or 1 if memory ran out.
+template <class Body>
+int team_with_scratch(int threads, int64_t scratch_bytes, const Body& work) {
   std::atomic<int> failed{0};
-  if (threads > units) threads = int(units);
   auto body = [&] {
     const ThreadMemory scratch(scratch_bytes);
-    if (!scratch.get()) {
+    if (scratch.get())
+      work(scratch.get(), failed);
+    else
       failed = 1;
-      return;
-    }
-    for (int64_t number; !failed && (number = next++) < units;) unit(number, scratch.get());
   };
   team(threads, body);
   return failed;
+}
+
+// Runs unit(number, scratch) for all numbers, each thread taking the next one when it is done. 0, or 1 if memory ran out.
+template <class Unit>
+int share_out(int threads, int64_t units, int64_t scratch_bytes, const Unit& unit) {
+  std::atomic<int64_t> next{0};
+  return team_with_scratch(threads > units ? int(units) : threads, scratch_bytes, [&](char* scratch, std::atomic<int>& failed) {
+    for (int64_t number; !failed && (number = next++) < units;) unit(number, scratch);
+  });
+}
+
+// As share_out; unit(number, following, scratch) also hears which one this thread does next, or -1.
+template <class Unit>
+int share_out_ahead(int threads, int64_t units, int64_t scratch_bytes, const Unit& unit) {
+  std::atomic<int64_t> next{0};
+  return team_with_scratch(threads > units ? int(units) : threads, scratch_bytes, [&](char* scratch, std::atomic<int>& failed) {
+    for (int64_t number = next++, following; !failed && number < units; number = following) {
+      following = next++;
+      unit(number, following < units ? following : -1, scratch);
+    }
+  });
 }
 
 }  // namespace saccade
