@@ -107,7 +107,8 @@ def decode_attend(
 
     Args:
         q: `[B, H, M, D]`, floating point.
-        cache: The keys and values; floats of q's dtype, or codes.
+        cache: The keys and values; floats of q's dtype, or codes. "cpu" may round what meets codes: queries to 15 bits
+            of the greatest of 64 channels, weights to 16 bits of the greatest of 128 tokens.
         slots: int64 `[B, G or H, K]`: places of the tokens that the queries of each head attend to instead of all; at
             most once each, -1 is an empty place, and what lies past the head's length is not seen.
         causal: Query i sees keys j <= i + L - M only.
