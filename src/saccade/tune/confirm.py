@@ -30,7 +30,7 @@ WORTH = 0.05
 """Part of the dense attention time that a mixture must save over the best one that held, to be tried."""
 
 ENOUGH = 2
-"""Mixtures that held after which the search ends: the next one would save little more."""
+"""Mixtures that held after which the search ends, to keep a run short: a further one may still be faster."""
 
 RETRIEVAL_LOSS = 0.1
 """Nats that the answers to the pass keys of a length may lose on average: a lost key is only the end of a slope."""

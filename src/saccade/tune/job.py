@@ -73,10 +73,13 @@ class Job:
                 self.progress.step(f"{len(rows) - 1} candidates in {layer}")
 
             if len(done) < len(layers):
-                prompt = self._keys(((self.settings.context - 8, 0.4),), self.texts.calibration)[0]
-                calibration = Calibration.from_passkey(prompt, self.tokenizer)
-                score_model(self.model, calibration, list(self.plan.candidates), known, found, self.exact)
+                score_model(self.model, self._calibration(), list(self.plan.candidates), known, found, self.exact)
         return {layer: known(layer) or [] for layer in layers}
+
+    def _calibration(self) -> Calibration:
+        """The prompt that candidates and caches are scored on, layer by layer."""
+        prompt = self._keys(((self.settings.context - 8, 0.4),), self.texts.calibration)[0]
+        return Calibration.from_passkey(prompt, self.tokenizer)
 
     def _keys(self, questions: Iterable[tuple[int, float]], haystack: str, offset: int = 0) -> list[Passkey]:
         """A prompt for each (tokens, depth), each with a key and a piece of text of its own."""
@@ -137,11 +140,10 @@ class Job:
         settings = self.settings
         if settings.cache_budget is None:
             raise ValueError("cache_budget=None: expected a part of the dense cache's bytes")
-        calibration = self._keys(((settings.context - 8, 0.4),), self.texts.calibration)[0]
         prompts = self._keys(settings.trial_questions, self.texts.calibration, CONFIRM_SEED)
         stage = CacheJob(
             self.model, self.tokenizer, recipe, self.exact, settings.budget, settings.cache_budget, settings.context,
-            Calibration.from_passkey(calibration, self.tokenizer), prompts, self._kept, self.progress,
+            self._calibration(), prompts, self._kept, self.progress,
         )  # fmt: skip
         return stage.search(candidates)
 

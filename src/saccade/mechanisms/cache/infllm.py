@@ -160,7 +160,8 @@ class InfLLM(StepSelection):
         kept = recall(store, BLOCKS)
         before = torch.zeros_like(full) if kept is None else kept.tensors["full"]
         heads, dim, new = store.lengths.shape[1], store.dims[0], between(before, full)
-        means = store.keys.new_zeros(len(full), heads, 0, dim) if kept is None else kept.tensors["keys"]
+        none = torch.zeros(len(full), heads, 0, dim, dtype=store.dtype, device=full.device)
+        means = none if kept is None else kept.tensors["keys"]
         if new.shape[1]:
             slots = self.sinks + new[..., None] * self.block + torch.arange(self.block, device=full.device)
             slots = slots.masked_fill(new[..., None] < 0, -1)[:, None].expand(-1, heads, -1, -1)

@@ -52,7 +52,8 @@ class ContiguousStore(KVStore):
         if self.empty:
             return other
         rows = rows.to(self.seen.device)
-        other._start(self.keys[:0], self.values[:0], None)
+        k, v = (torch.empty(0, self.lengths.shape[1], 0, d, dtype=self.dtype, device=rows.device) for d in self.dims)
+        other._start(k, v, None)
         other.table = type(self.table)(other.table.arena, other.table.layout, len(rows), self.lengths.shape[1])
         other.table.resize(self.lengths[rows])
         for name in self.table.layout.parts:
