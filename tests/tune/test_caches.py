@@ -10,9 +10,9 @@ import torch
 
 from saccade.catalog import cards
 from saccade.kernels import cpu
-from saccade.mechanisms.cache.storage import Storage
+from saccade.mechanisms.cache.storage import FORMS, Storage
 from saccade.plug import LayerCache, PolicyChoice
-from saccade.tune.caches import FORMS, combined, exact_cache, find_cache_candidates
+from saccade.tune.caches import combined, exact_cache, find_cache_candidates
 from saccade.tune.candidates import DENSE, Candidate
 from saccade.types import Kind
 

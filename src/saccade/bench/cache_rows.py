@@ -9,7 +9,7 @@ from typing import Any
 
 from saccade.catalog import Budget, cards
 from saccade.mechanisms.cache.base import CachePolicy, Everything, compose
-from saccade.mechanisms.cache.storage import Storage
+from saccade.mechanisms.cache.storage import FORMS, Storage
 from saccade.types import Kind
 
 BUDGETS = (0.5, 0.25, 0.1)
@@ -17,8 +17,6 @@ BUDGETS = (0.5, 0.25, 0.1)
 
 BESIDE = 0.75
 """Part of the tokens that is kept where the rest is saved by 8 bits."""
-
-EIGHT, FOUR = Storage(bits=8), Storage(bits=4, group=32)
 
 
 @dataclass(frozen=True)
@@ -97,13 +95,15 @@ def composed(context: int, layers: int, rope: float | None = None) -> list[Candi
         The candidates.
     """
     packing = frozenset({"packing"})
-    forms = [("everything", Storage()), ("8 bits", EIGHT), ("4 bits", FOUR)]
+    forms = [("everything", Storage()), *((f"{form.bits} bits", form) for form in FORMS)]
     found = [Candidate(name, {}, Everything(form), None, packing) for name, form in forms]
     kept, _ = candidates(context, layers, (BESIDE,), rope)
     for one in kept:
         if one.effects == {"evicting"}:
-            policy = compose(keep=one.policy, store=EIGHT)
-            found.append(Candidate(f"{one.name} + 8 bits", one.settings, policy, one.budget, one.effects | packing))
+            policy = compose(keep=one.policy, store=FORMS[0])
+            found.append(
+                Candidate(f"{one.name} + {FORMS[0].bits} bits", one.settings, policy, one.budget, one.effects | packing)
+            )
     return found
 
 

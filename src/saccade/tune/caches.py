@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saccade.catalog import Card, cards
 from saccade.catalog.card import Budget
-from saccade.mechanisms.cache.storage import Storage
+from saccade.mechanisms.cache.storage import FORMS, Storage
 from saccade.ops import decode_attend, recording
 from saccade.plug import LayerCache, PolicyChoice, Recipe, apply
 from saccade.plug.cache_recipe import axes_of, dump_cache, in_words
@@ -23,9 +23,6 @@ TOLERANCE = 1e-2
 
 PARTS = (0.5, 0.75, 0.25)
 """Budgets of the policies, see `Budget.part`."""
-
-FORMS = (Storage(bits=8), Storage(bits=4, group=32))
-"""Storage that the engine reads in place, tried for tokens that stay."""
 
 
 @dataclass(frozen=True)
@@ -152,5 +149,5 @@ def _same_logits(model: Any, recipe: Recipe) -> bool:
 
 
 __all__ = [
-    "FORMS", "CacheCandidate", "combined", "exact_cache", "find_cache_candidates", "trouble_with_pages",
+    "CacheCandidate", "combined", "exact_cache", "find_cache_candidates", "trouble_with_pages",
 ]  # fmt: skip

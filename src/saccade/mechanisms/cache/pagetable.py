@@ -125,6 +125,10 @@ class PageTable:
         into = self.parts[name][:, :rows]
         into[self.table[:, :, : used.shape[2]][used]] = whole.unflatten(2, (-1, rows))[used].to(into.dtype)
 
+    def read(self, name: str, where: tuple[Tensor, Tensor]) -> Tensor:
+        """A part of the tokens at these pages and rows, see `find`: a copy `[*their shape, width]`."""
+        return self.parts[name][where]
+
     def write(self, slots: Slots, parts: dict[str, Tensor]) -> None:
         """Overwrite parts of tokens, each given as `[*shape of the slots, width]`."""
         self._own_pages_of(slots)

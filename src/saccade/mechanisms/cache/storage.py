@@ -97,4 +97,7 @@ def _dequantise_2(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((groups - zero[..., None]) * scale[..., None]).flatten(-2)
 
 
-__all__ = ["Storage"]
+FORMS = (Storage(bits=8), Storage(bits=4, group=32))
+"""Codes that the engine reads in place, in the forms that are measured and searched."""
+
+__all__ = ["FORMS", "Storage"]

@@ -208,8 +208,7 @@ class KVStore:
         if not self.empty:
             rows = rows.to(self.seen.device)
             other.seen, other.table = self.seen[rows], self.table.select(rows)
-            other.ordered, other.changes = self.ordered, self.changes
-            other.dtype, other.dims = self.dtype, self.dims
+            other.ordered, other.changes, other.dtype, other.dims = self.ordered, self.changes, self.dtype, self.dims
             if self.channels is not None:
                 other.channels = self.channels[0][rows], self.channels[1][rows]
         return other
@@ -276,8 +275,8 @@ class KVStore:
 
     def _decoded(self, number: int, where: tuple[Tensor, Tensor], heads: tuple[Tensor, Tensor]) -> Tensor:
         """The inverse of `_encoded`, read from pages and rows."""
-        parts = self.table.parts
-        x = self.storage.decode(tuple(parts[n][where] for n in (KEY, VALUE)[number] if n in parts), self.dtype)
+        names = [name for name in (KEY, VALUE)[number] if name in self.table.layout.parts]
+        x = self.storage.decode(tuple(self.table.read(name, where) for name in names), self.dtype)
         return x if self.channels is None else x * self.channels[number][heads]
 
     def _part(self, name: str) -> Tensor:

@@ -111,11 +111,6 @@ class TieredStore(KVStore):
         arena = TieredArena(split(layout, near=True).nbytes, pool)
         self.table = TieredTable(arena, layout, *k.shape[:2])
 
-    def _decoded(self, number: int, where: tuple[Tensor, Tensor], heads: tuple[Tensor, Tensor]) -> Tensor:
-        names = [name for name in (KEY, VALUE)[number] if name in self.table.layout.parts]
-        x = self.storage.decode(tuple(self.table.read(name, where) for name in names), self.dtype)
-        return x if self.channels is None else x * self.channels[number][heads]
-
 
 def attend_tiered(q: Tensor, store: TieredStore, slots: Tensor | None, **options: Any) -> AttentionOutput:
     """`decode_attend` of one query over a tiered store: what it reads is fetched, all at once or a stretch at a time.

@@ -81,7 +81,7 @@ class TieredTable(PageTable):
         return out.flatten(2, 3)[:, :, : self.longest]
 
     def read(self, name: str, where: tuple[Tensor, Tensor]) -> Tensor:
-        """A part of the tokens at these pages and rows, see `find`: a copy `[*their shape, width]`."""
+        """As `PageTable.read`, a few pages at a time."""
         if name in self._near.parts:
             return self.parts[name][where]
         pages, rows = (x.flatten() for x in torch.broadcast_tensors(*where))
