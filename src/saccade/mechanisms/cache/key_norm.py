@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from saccade.catalog import Budget, register
 from saccade.mechanisms.base import require
+from saccade.mechanisms.cache._keys import NORM, key_norms
 from saccade.mechanisms.cache.base import CachePolicy, Step, best
 from saccade.mechanisms.cache.store import KVStore
-from saccade.ops.checks import accumulation_dtype
 from saccade.types import Kind, Pattern
 
 
@@ -54,6 +55,8 @@ def _beside_whole_layers(budget: Budget) -> dict[str, int] | None:
 class KeyNorm(CachePolicy):
     """After each call keep, per key/value head, the `tokens` with the smallest `||k_j||_2`; ties: the earlier token.
 
+    A norm is kept with its token: a step reads its new keys alone.
+
     Args:
         tokens: Kept, per key/value head.
         whole_layers: First layers that keep everything, where norms say little.
@@ -61,6 +64,7 @@ class KeyNorm(CachePolicy):
 
     tokens: int = 2048
     whole_layers: int = 2
+    stats: ClassVar[tuple[str, ...]] = (NORM,)
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1, "tokens", self.tokens, "at least 1 token")
@@ -70,6 +74,4 @@ class KeyNorm(CachePolicy):
         """The shortest keys."""
         if len(store) <= self.tokens or step.layer < self.whole_layers:
             return None
-        keys = store.keys
-        norms = torch.linalg.vector_norm(keys, dim=-1, dtype=accumulation_dtype(keys.dtype))
-        return best((-norms).masked_fill(~store.present, -torch.inf), self.tokens)
+        return best((-key_norms(store)).masked_fill(~store.present, -torch.inf), self.tokens)

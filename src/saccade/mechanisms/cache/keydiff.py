@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,9 +11,9 @@ from torch.nn.functional import normalize
 
 from saccade.catalog import register
 from saccade.mechanisms.base import require
+from saccade.mechanisms.cache._keys import LEAST, NORM, directions_left, key_norms, key_products, sum_of_directions
 from saccade.mechanisms.cache.base import CachePolicy, Step, best
 from saccade.mechanisms.cache.store import KVStore
-from saccade.ops.checks import accumulation_dtype
 from saccade.types import Kind, Pattern
 
 
@@ -51,13 +52,15 @@ class KeyDiff(CachePolicy):
     """After each call keep, per key/value head, the `tokens` least similar to the anchor; ties: the earlier token.
 
     The anchor is the mean of the directions of all keys in the cache, `mu = mean_j k_j / ||k_j||`, and similarity its
-    cosine with a key.
+    cosine with a key. Keys' lengths and the sum of directions are kept between steps: a step reads its new keys, those
+    it evicts, and each key once, in place, for its product with the anchor.
 
     Args:
         tokens: Kept, per key/value head.
     """
 
     tokens: int = 2048
+    stats: ClassVar[tuple[str, ...]] = (NORM,)
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1, "tokens", self.tokens, "at least 1 token")
@@ -66,8 +69,9 @@ class KeyDiff(CachePolicy):
         """The most distinctive keys."""
         if len(store) <= self.tokens:
             return None
-        keys = store.keys
-        directions = normalize(keys.to(accumulation_dtype(keys.dtype)), dim=-1)  # 0 where there is no token
-        anchor = normalize(directions.sum(2), dim=-1)
-        likeness = (directions @ anchor[..., None])[..., 0]
-        return best((-likeness).masked_fill(~store.present, -torch.inf), self.tokens)
+        norms = key_norms(store)
+        total = sum_of_directions(store, norms)
+        likeness = key_products(normalize(total, dim=-1), store) / norms.clamp(min=LEAST)
+        kept = best((-likeness).masked_fill(~store.present, -torch.inf), self.tokens)
+        directions_left(store, norms, total, kept)
+        return kept
