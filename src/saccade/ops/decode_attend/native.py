@@ -25,25 +25,29 @@ def refuses(call: Mapping[str, Any]) -> str | None:
     return unusable(q)
 
 
+def engine_pages(cache: KVPages) -> cpu.Pages:
+    """The cache as the engine takes it; nothing is copied."""
+    return cpu.Pages(
+        cache.table, cache.lengths, cache.longest, cache.dims, cache.bits,
+        (cache.k_scale, cache.v_scale, cache.k_zero, cache.v_zero),
+    )  # fmt: skip
+
+
 def forward(
     q: Tensor, cache: KVPages, left: int, right: int, softcap: float | None, scale: float,
     workspace: int,  # noqa: ARG001
     slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `eager.forward`; its temporaries are a tile per thread and one result per 512 tokens or more."""
-    pages = cpu.Pages(
-        cache.table, cache.lengths, cache.longest, cache.dims, cache.bits,
-        (cache.k_scale, cache.v_scale, cache.k_zero, cache.v_zero),
-    )  # fmt: skip
     lists = None
     if slots is not None:
         lengths = cache.lengths.repeat_interleave(slots.shape[1] // cache.lengths.shape[1], 1)
         lists = slots.masked_fill(slots >= lengths[..., None], -1)[:, :, None]
     out, lse = cpu.decoding(
-        q, cache.k, cache.v, scale=scale, left=left, right=right, softcap=softcap, pages=pages, lists=lists,
-        group=q.shape[2],
+        q, cache.k, cache.v, scale=scale, left=left, right=right, softcap=softcap, pages=engine_pages(cache),
+        lists=lists, group=q.shape[2],
     )  # fmt: skip
     return out.to(q.dtype), lse
 
 
-__all__ = ["forward", "refuses"]
+__all__ = ["engine_pages", "forward", "refuses"]

@@ -13,6 +13,7 @@ from saccade.ops.attend.native import unusable
 from saccade.ops.attend.validate import check_scale
 from saccade.ops.checks import accumulation_dtype, resolve_scale
 from saccade.ops.decode_attend.api import check_cache
+from saccade.ops.decode_attend.native import engine_pages
 from saccade.ops.dispatch import Implementation, choose
 from saccade.types import KVPages
 
@@ -27,11 +28,7 @@ def _refuses(call: Call) -> str | None:
 def _run_cpu(call: Call) -> Tensor:
     """The C++ engine reads pages in place."""
     cache: KVPages = call["cache"]
-    pages = cpu.Pages(
-        cache.table, cache.lengths, cache.longest, cache.dims, cache.bits,
-        (cache.k_scale, cache.v_scale, cache.k_zero, cache.v_zero),
-    )  # fmt: skip
-    return cpu.decode_scores(call["q"], cache.k, pages, call["scale"])
+    return cpu.decode_scores(call["q"], cache.k, engine_pages(cache), call["scale"])
 
 
 def _run_dense(call: Call, dtype: torch.dtype) -> Tensor:
