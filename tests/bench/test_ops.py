@@ -7,8 +7,9 @@ import re
 import pytest
 import torch
 
+from saccade.bench.case import Case, Peer, Work
 from saccade.bench.cases import cases
-from saccade.bench.ops import COLUMNS, Case, Peer, Work, bench_ops, difference, run_case, select_cases
+from saccade.bench.ops import COLUMNS, bench_ops, difference, run_case, select_cases
 from saccade.kernels import cpu
 from saccade.ops import attend
 
@@ -155,14 +156,16 @@ def test_the_table_of_the_issue_is_covered():
 
 @pytest.mark.skipif(cpu.missing() is not None, reason=f"no C++ engine: {cpu.missing()}")
 def test_small_cases_run_and_agree_with_their_peers():
-    seen = []
+    seen, said = [], []
     outcomes = bench_ops(
         quick=True,
         only="dense.*fp32|window.*fp32|blocks 25.*fp32|decode.*(fp32|int)|top-k.*fp32",
         rounds=1,
+        starting=said.append,
         progress=seen.append,
     )
     assert seen == outcomes
+    assert said == [f"{number} of 12: {outcome.name}" for number, outcome in enumerate(outcomes, 1)]
     assert len(outcomes) == 12
     for outcome in outcomes:
         assert outcome.engine.endswith(":cpu")

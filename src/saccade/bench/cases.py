@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from saccade.bench import peers
-from saccade.bench.ops import Case, Peer, Work
+from saccade.bench import cases_maps, cases_memory, peers
+from saccade.bench.case import DTYPES, HEADS, Case, Peer, Work, mode, on, ours_and, qkv
 from saccade.ops import attend, block_attend
 from saccade.types import BlockLayout
 
-HEADS, FEW_HEADS, BLOCK, WINDOW = 8, 2, 64, 1024
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FEW_HEADS, BLOCK, WINDOW = 2, 64, 1024
 
 
 def cases(*, quick: bool = False) -> list[Case]:
@@ -29,46 +28,10 @@ def cases(*, quick: bool = False) -> list[Case]:
     Returns:
         Cases that have not been prepared.
     """
-    from saccade.bench import cases_maps, cases_memory
-
     return [
         *dense_cases(quick), *window_cases(quick), *block_cases(quick), *cases_memory.cases(quick),
         *cases_maps.cases(quick),
     ]  # fmt: skip
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, grad: bool = False) -> Tensor:
-    """Normal numbers, the same for the same shape and seed."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return x.requires_grad_(grad)
-
-
-def qkv(tokens: int, dim: int, dtype: torch.dtype, *, heads: int = HEADS, grad: bool = False) -> list[Tensor]:
-    """q, k and v `[1, heads, tokens, dim]`."""
-    return [draw(1, heads, tokens, dim, dtype=dtype, seed=seed, grad=grad) for seed in range(3)]
-
-
-def on(call: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], Any]:
-    """`call` on the inputs; with its gradients where they are asked for."""
-    if not leaves[0].requires_grad:
-        return lambda: call(*leaves)
-    weight = draw(*leaves[0].shape[:3], leaves[2].shape[3], dtype=leaves[0].dtype, seed=9)
-
-    def run() -> tuple[Tensor, ...]:
-        out = call(*leaves)
-        return out.detach(), *torch.autograd.grad(out, leaves, weight)
-
-    return run
-
-
-def ours_and(
-    ours: Callable[..., Tensor], others: dict[str, Callable[..., Tensor]], leaves: list[Tensor], flops: float,
-    skipped: dict[str, str] | None = None,
-) -> Work:  # fmt: skip
-    """Work of calls that take q, k and v and compute the same."""
-    runs = {name: Peer(on(call, leaves)) for name, call in others.items()}
-    times = 3 if leaves[0].requires_grad else 1
-    return Work(on(ours, leaves), runs, flops * times, skipped=skipped or {})
 
 
 def refused(reason: str, names: tuple[str, ...], build: Callable[[], Any], *, quick: bool) -> tuple[dict, dict]:
@@ -79,11 +42,6 @@ def refused(reason: str, names: tuple[str, ...], build: Callable[[], Any], *, qu
         return {names[0]: build()}, {}
     except ValueError as error:
         return {}, {names[0]: str(error)}
-
-
-def mode(grad: bool) -> str:
-    """How names call it."""
-    return "forward+backward" if grad else "forward"
 
 
 # -- dense ----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.bench import peers
-from saccade.bench.cases import DTYPES, HEADS, draw, mode, on, ours_and, qkv
-from saccade.bench.ops import Case, Peer, Work
+from saccade.bench.case import DTYPES, HEADS, Case, Peer, Work, draw, mode, on, ours_and, qkv
 from saccade.catalog import get
 from saccade.ops import attend, scan
 from saccade.types import BlockLayout, Geometry

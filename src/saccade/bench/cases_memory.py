@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
-from saccade.bench.cases import DTYPES, draw
-from saccade.bench.ops import Case, Peer, Work
+from saccade.bench.case import DTYPES, Case, Peer, Work, draw
 from saccade.mechanisms.cache.store import KVStore
 from saccade.ops import attend, decode_attend, gather_attend
 from saccade.types import KVPages, TokenIndex

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.bench.case import Case, Work
+from saccade.bench.cases import cases
 from saccade.bench.measure import gemm_gflops, interleaved, keeping_memory, median, peak_bytes, quartiles
 from saccade.ops import recording
 
@@ -23,62 +25,8 @@ FEWEST_ROUNDS = 7
 MOVED = 0.10
 """Relative change of the thermometer from which a case is not trusted."""
 
-
 ALIKE, DIFFERS = 0.02, " (another result!)"
 """Relative difference of two results up to which they count as the same in any dtype here; what a table says beyond."""
-
-
-@dataclass(frozen=True)
-class Peer:
-    """What ours is held against.
-
-    Args:
-        call: One run.
-        share: Its time counts times this, such as the density for dense attention.
-        same: Whether it returns what ours returns; then the results are compared.
-    """
-
-    call: Callable[[], Any]
-    share: float = 1.0
-    same: bool = True
-
-
-@dataclass(frozen=True)
-class Work:
-    """The inputs and calls of one case; they live while it runs.
-
-    Args:
-        ours: One run of ours; returns a tensor, or a tuple of them.
-        peers: What it is held against, by name.
-        flops: Useful floating-point operations of one run (backward: twice the forward; no credit for recomputing).
-        bytes: Bytes that one run must read, where memory is the limit.
-        skipped: Peers that cannot run here, and why.
-        before: Called, untimed, before every run.
-        keeps_memory: Whether all are timed on memory that the process holds already (`keeping_memory`).
-    """
-
-    ours: Callable[[], Any]
-    peers: dict[str, Peer]
-    flops: float | None = None
-    bytes: int | None = None
-    skipped: dict[str, str] = field(default_factory=dict)
-    before: Callable[[], Any] = lambda: None
-    keeps_memory: bool = False
-
-
-@dataclass(frozen=True)
-class Case:
-    """A named measurement, prepared when its turn comes.
-
-    Args:
-        name: Group and sizes; what `only` is matched with.
-        prepare: Makes the inputs; raises ValueError where the engine cannot run the case.
-        grad: Whether gradients are taken.
-    """
-
-    name: str
-    prepare: Callable[[], Work]
-    grad: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,7 +109,8 @@ def bench_ops(
     quick: bool = False,
     only: str | None = None,
     rounds: int = FEWEST_ROUNDS,
-    progress: Callable[[Outcome], None] = lambda outcome: None,  # noqa: ARG005
+    starting: Callable[[str], object] = str,
+    progress: Callable[[Outcome], object] = Outcome.rows,
 ) -> list[Outcome]:
     """Every case whose name `only` is found in.
 
@@ -169,6 +118,7 @@ def bench_ops(
         quick: Small sizes, no compiled peers: a smoke run, not a measurement.
         only: Regular expression; None runs all.
         rounds: Counted rounds of each case.
+        starting: Told which case runs next.
         progress: Called with each outcome as it is there.
 
     Returns:
@@ -177,13 +127,12 @@ def bench_ops(
     Raises:
         ValueError: If `rounds` is too small, or `only` is not a regular expression or matches no case.
     """
-    from saccade.bench.cases import cases
-
     if rounds < FEWEST_ROUNDS and not quick:
         raise ValueError(f"rounds={rounds}: expected at least {FEWEST_ROUNDS}")
     chosen = select_cases(cases(quick=quick), only)
     outcomes = []
-    for case in chosen:
+    for number, case in enumerate(chosen, 1):
+        starting(f"{number} of {len(chosen)}: {case.name}")
         outcome = run_case(case, rounds)
         progress(outcome)
         outcomes.append(outcome)

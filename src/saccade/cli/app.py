@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from saccade.cli import catalogue, comparing, work
+from saccade.cli import benching, catalogue, comparing, work
 
 app = typer.Typer(
     name="saccade",
@@ -16,4 +16,5 @@ app = typer.Typer(
 )
 catalogue.add_commands(app)
 work.add_commands(app)
+benching.add_commands(app)
 comparing.add_commands(app)

@@ -1,8 +1,7 @@
-"""`saccade tune`, `run` and `bench`: find a recipe, use it, and measure."""
+"""`saccade tune` and `run`: find a recipe, and use it."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
@@ -23,7 +22,6 @@ def add_commands(app: typer.Typer) -> None:
     """Attach the commands of this file."""
     app.command("tune")(tune_command)
     app.command("run")(run_command)
-    app.command("bench")(bench_command)
 
 
 def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:
@@ -157,110 +155,3 @@ def run_command(
     wanted = None if recipe is None else Recipe.load(recipe)
     loaded, tokenizer = load_model(model, device, dtype)
     generate(loaded, tokenizer, text, wanted, tokens, explain_after=explain)
-
-
-def bench_command(
-    what: Annotated[
-        str,
-        typer.Argument(
-            help="ops: engines against PyTorch; cache: cache policies in a model; decode: caches in a layer of an 8B "
-            "model; training: trainable selectors against random blocks; machine: this one."
-        ),
-    ] = "ops",
-    as_json: Annotated[bool, typer.Option("--json")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes only: a smoke run, not a measurement.")] = False,
-    only: Annotated[str | None, typer.Option(help="Cases whose name this regular expression is found in.")] = None,
-    rounds: Annotated[int, typer.Option(help="Counted rounds of each case; the median counts.")] = 7,
-    model: Annotated[str, typer.Option(help="cache: smollm2, a folder, or a transformers id.")] = BUILT_IN,
-    context: Annotated[int, typer.Option(help="cache: tokens of a prompt. SmolLM2 takes up to 8,192.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="cache: float32, bfloat16 or float16.")] = "bfloat16",
-    windows: Annotated[int, typer.Option(help="cache: stretches of text.")] = 4,
-    tries: Annotated[int, typer.Option(help="cache: recall tasks of each kind.")] = 3,
-    part: Annotated[
-        list[str] | None, typer.Option(help="cache: text, agnostic, aware or speed; several times, all if not at all.")
-    ] = None,
-    notes: Annotated[Path | None, typer.Option(help="cache: where a run that is cut off goes on from.")] = None,
-    tokens: Annotated[list[int] | None, typer.Option(help="decode: lengths of the cache.")] = None,
-    budget: Annotated[list[float] | None, typer.Option(help="cache, decode: parts kept or read, each a row.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="cache: draw quality against bytes, as SVG or PNG.")] = None,
-) -> None:
-    """Measure: engines, caches, what a learned choice is worth, or the machine."""
-    from saccade.bench.measure import describe_machine
-
-    if what not in ("ops", "cache", "decode", "training", "machine"):
-        raise ValueError(f"what={what!r}: expected ops, cache, decode, training or machine")
-    machine = describe_machine().to_json()
-    if what == "cache":
-        loaded, tokenizer = load_model(model, dtype=dtype)
-        columns, outcomes = _caches(
-            loaded, tokenizer, context, quick, windows=windows, tries=tries, rounds=rounds, only=only, parts=part,
-            notes=notes, budgets=budget,
-        )  # fmt: skip
-        if plot is not None:
-            from saccade.bench.plot import plot_caches
-
-            plot_caches(outcomes[0], plot)
-    else:
-        columns, outcomes = _measured(what, quick, only, rounds, tokens, budget)
-    rows = [row for outcome in outcomes for row in outcome.rows()]
-    if markdown is not None:
-        lines = [columns, ("---",) * len(columns), *rows]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-        markdown.write_text(text, encoding="utf-8")
-    if as_json:
-        print(json.dumps({"machine": machine, "cases": [outcome.to_json() for outcome in outcomes]}, indent=2))
-        return
-    if outcomes:
-        table = Table(*columns)
-        for row in rows:
-            table.add_row(*row)
-        Console(width=max(console.width, 160)).print(table)
-    for name, reason in (pair for outcome in outcomes for pair in getattr(outcome, "left_out", {}).items()):
-        console.print(f"[dim]{name}: {reason}[/]", highlight=False)
-    for key, value in machine.items():
-        console.print(f"[dim]{key:>16}[/]  {value}", highlight=False)
-
-
-def _measured(
-    what: str, quick: bool, only: str | None, rounds: int, tokens: list[int] | None, budgets: list[float] | None
-) -> tuple[tuple[str, ...], list[Any]]:
-    """Columns and outcomes of one kind of measurement."""
-    from saccade.bench import cache_speed, ops, training
-
-    if what == "ops":
-        return ops.COLUMNS, [*ops.bench_ops(quick=quick, only=only, rounds=rounds, progress=_said)]
-    if what == "training":
-        return training.COLUMNS, [*training.bench_training(60 if quick else 400, only, progress=_said)]
-    if what == "decode":
-        lengths = tokens or ((1024,) if quick else cache_speed.LENGTHS)
-        rows = cache_speed.bench_decode(lengths, rounds=rounds, budgets=budgets or (0.25,), only=only, progress=_noted)
-        return cache_speed.COLUMNS, [*rows]
-    return (), []
-
-
-def _caches(
-    model: Any, tokenizer: Any, context: int, quick: bool, *, parts: list[str] | None,
-    budgets: list[float] | None, **options: Any,
-) -> tuple[tuple[str, ...], list[Any]]:  # fmt: skip
-    """Columns and outcome for cache policies in a model."""
-    from saccade.bench import cache
-
-    options |= {"parts": parts or cache.PARTS, "budgets": budgets or cache.BUDGETS, "progress": _noted}
-    if quick:
-        context = min(context, 512)
-        options |= {"steps": 8, "windows": 1, "tries": 1, "rounds": 1, "budgets": (0.25,)}
-    result = cache.bench_cache(model, tokenizer, context, **options)
-    return cache.COLUMNS, [result]
-
-
-def _noted(note: str) -> None:
-    """A long run shows where it is."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"{note}\n")
-
-
-def _said(outcome: Any) -> None:
-    """A long run shows where it is."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"{outcome.name}\n")
