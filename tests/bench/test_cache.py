@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from saccade.bench import cache_speed
+from saccade.bench import cache_layer, cache_speed
 from saccade.bench.cache import COLUMNS, PARTS, bench_cache
 from saccade.bench.cache_prompt import Counted, distinct, read_prompt
 from saccade.bench.cache_quality import forced, make_material, recall_quality, text_quality
@@ -21,6 +21,7 @@ from saccade.bench.plot import plot_caches
 from saccade.catalog import cards
 from saccade.mechanisms.cache.base import Everything, compose, decode_step
 from saccade.mechanisms.cache.h2o import H2O
+from saccade.mechanisms.cache.pool import Pool
 from saccade.mechanisms.cache.quest import Quest
 from saccade.mechanisms.cache.reading import WeightedSlots
 from saccade.mechanisms.cache.sink_recent import SinkRecent
@@ -191,9 +192,15 @@ def test_the_table(byte_model: tuple[Any, Any], tmp_path: Path) -> None:
         bench_cache(model, tokenizer, 640, parts=("quality",))
 
 
-def test_decoding_beside_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"HEADS": 4, "KV_HEADS": 2, "DIM": 32, "MLP": 32}.items():
-        monkeypatch.setattr(cache_speed, name, value)
+        for module in (cache_layer, cache_speed):
+            monkeypatch.setattr(module, name, value, raising=False)
+
+
+@pytest.mark.usefixtures("small_layer")
+def test_decoding_beside_transformers() -> None:
     rows = bench_decode((256,), rounds=1, only="^h2o|^8 bits|^sink_recent at|^snapkv|^lamina|^vattention")
     assert rows[0].name == cache_speed.DENSE
     assert rows[0].freed == 0
@@ -210,3 +217,26 @@ def test_decoding_beside_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(json.dumps(rows[0].to_json()))["tokens"] == 256
     with pytest.raises(ValueError, match=r"rounds=0, lengths=\(256,\): expected at least 1, and 64 tokens"):
         bench_decode((256,), rounds=0)
+
+
+@pytest.mark.usefixtures("small_layer")
+def test_decoding_with_half_of_the_pages_on_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: dict[bool, int] = dict.fromkeys((True, False), 0)
+    read = Pool._fetch
+
+    def counted(pool: Pool, pages: Any) -> None:
+        fetched[pool.ahead] += 1
+        read(pool, pages)
+
+    monkeypatch.setattr(Pool, "_fetch", counted)
+    rows = bench_decode((1024,), rounds=1, only="^everything|^quest|^snapkv at", disk=tmp_path)
+    by_name = {row.name: row for row in rows}
+    away = [name for name in by_name if "half on disk" in name]
+    assert away == [
+        f"{name}, half on disk{words}" for name in ("quest at 25%", "everything") for words in ("", ", not ahead")
+    ]
+    for name in ("everything, half on disk", "everything, half on disk, not ahead"):
+        assert by_name[name].nbytes == pytest.approx(by_name["everything"].nbytes / 2, rel=0.05)
+        assert by_name[name].layer > 0
+    assert fetched[True] > 0 == fetched[False]
+    assert list(tmp_path.iterdir()) == []

@@ -125,6 +125,9 @@ def bench_command(
     notes: Annotated[Path | None, typer.Option(help="cache: where a run that is cut off goes on from.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="decode: lengths of the cache.")] = None,
     budget: Annotated[list[float] | None, typer.Option(help="cache, decode: parts kept or read, each a row.")] = None,
+    disk: Annotated[
+        Path | None, typer.Option(help="decode: a directory, for rows of caches with half their pages on its disk.")
+    ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="cache: draw quality against bytes, as SVG or PNG.")] = None,
 ) -> None:
@@ -147,7 +150,7 @@ def bench_command(
         elif what == "decode":
             lengths = tokens or ((1024,) if quick else cache_speed.LENGTHS)
             printed.add(*cache_speed.bench_decode(
-                lengths, rounds=rounds, budgets=budget or (0.25,), only=only, progress=_noted
+                lengths, rounds=rounds, budgets=budget or (0.25,), only=only, disk=disk, progress=_noted
             ))  # fmt: skip
         elif what == "cache":
             loaded, tokenizer = load_model(model, dtype=dtype)

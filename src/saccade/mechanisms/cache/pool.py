@@ -30,6 +30,7 @@ class Pool:
         backing: Where pages without a frame lie.
         resident: Part of the pages that keeps frames.
         device: Where the frames are.
+        ahead: Whether `prefetch` does anything.
 
     Attributes:
         frames: The memory; row f is frame f.
@@ -40,10 +41,13 @@ class Pool:
         told: Whether it was, since the last that could be written.
     """
 
-    def __init__(self, layout: PageLayout, backing: Backing, resident: float, device: torch.device) -> None:
+    def __init__(
+        self, layout: PageLayout, backing: Backing, resident: float, device: torch.device, *, ahead: bool = True
+    ) -> None:
         self.layout = layout
         self.backing = backing
         self.resident = resident
+        self.ahead = ahead
         self.frames = Arena(layout.nbytes, device)
         self.frame = torch.zeros(0, dtype=torch.int64)
         self.fetched = self.written = 0
@@ -117,6 +121,8 @@ class Pool:
         What was held last stays in its frames if that and `pages` together are at most `limit`.
         """
         self.settle()
+        if not self.ahead:
+            return
         pages = pages[: self.limit // 2]
         missing = int((self.frame[pages] < 0).sum())
         if 0 < missing <= len(self.frames.bytes) - self.frames.pages:

@@ -107,7 +107,8 @@ class TieredStore(KVStore):
         super()._start(k, v, present)
         layout = self.table.layout
         far = split(layout, near=False)
-        pool = Pool(far, self.tier.backing(far.nbytes, k.device), self.tier.resident, k.device)
+        backing = self.tier.backing(far.nbytes, k.device)
+        pool = Pool(far, backing, self.tier.resident, k.device, ahead=self.tier.ahead)
         arena = TieredArena(split(layout, near=True).nbytes, pool)
         self.table = TieredTable(arena, layout, *k.shape[:2])
 

@@ -52,9 +52,11 @@ class Tier(ABC):
 
     Args:
         resident: Part of the pages that keeps frames between steps.
+        ahead: Whether a thread fetches what is expected to be read next; without it a step waits for all it lacks.
     """
 
     resident: float = field(default=0.25, kw_only=True)
+    ahead: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         require(0 < self.resident <= 1, "resident", self.resident, "a part of the pages, above 0 and at most 1")
@@ -71,6 +73,7 @@ class Disk(Tier):
     Args:
         path: A directory on the disk that shall hold it.
         resident: As in `Tier`.
+        ahead: As in `Tier`.
     """
 
     path: str | os.PathLike[str]
