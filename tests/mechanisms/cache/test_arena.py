@@ -12,6 +12,7 @@ import torch
 
 from saccade.mechanisms.cache import arena as module
 from saccade.mechanisms.cache.arena import Arena
+from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.store import KVStore
 
 CPU = torch.device("cpu")
@@ -87,18 +88,25 @@ def test_small_pages_return_when_the_last_of_a_system_page_goes() -> None:
 
 
 @linux
-def test_a_store_holds_what_it_says() -> None:
+@pytest.mark.parametrize(
+    ("storage", "bits"),
+    [(Storage(), 32), (Storage(dtype=torch.bfloat16), 16), *((Storage(bits=bits), bits + 1) for bits in (8, 4, 2))],
+    ids=lambda value: f"{value.bits or value.dtype}" if isinstance(value, Storage) else "",
+)
+def test_a_store_holds_what_it_says(storage: Storage, bits: int) -> None:
     generator = torch.Generator().manual_seed(0)
     k, v = (torch.randn(1, 4, 16_384, 64, generator=generator) for _ in range(2))
     mask = torch.rand(1, 4, 16_384, generator=generator) < 0.25
-    KVStore().append(k[:, :, :64], v[:, :, :64])  # what torch sets up on first use
+    KVStore(storage).append(k[:, :, :64], v[:, :, :64])  # what torch sets up on first use
     before = resident()
-    store = KVStore()
+    store = KVStore(storage)
     store.append(k, v)
-    assert store.nbytes > 2 * 4 * 16_384 * 64 * 4
+    whole = 2 * 4 * 16_384 * 64 * bits // 8
+    assert 0.8 * whole < store.nbytes < 1.1 * whole
     assert abs(resident() - before - store.nbytes) < 4 * 2**20
+    held = store.nbytes
     store.evict(mask)
-    assert store.nbytes < 0.27 * 2 * 4 * 16_384 * 65 * 4
+    assert store.nbytes < 0.27 * held
     assert abs(resident() - before - store.nbytes) < 4 * 2**20
     del store
     assert resident() - before < 4 * 2**20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,19 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="cache"):
         save_stores(path, stores(), {})
     assert path.read_bytes() == before
+
+
+def test_a_full_disk_leaves_file_and_stores_as_they_were(tmp_path: Path) -> None:
+    path, kept = tmp_path / "cache.safetensors", stores()
+    save_stores(path, kept, {})
+    before, keys = path.read_bytes(), [store.keys for store in kept[:-1]]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))  # as if the disk were full
+    try:
+        with pytest.raises(OSError, match="cannot be written.*File too large"):
+            save_stores(path, kept, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == before
+    assert all(torch.equal(store.keys, was) for store, was in zip(kept, keys, strict=False))
