@@ -22,6 +22,9 @@ from saccade.models.ruler import TASKS
 PARTS = ("text", *PROTOCOLS, "speed")
 """What is measured of every row."""
 
+TOGETHER = 8
+"""Rows whose caches are in memory at once while their speeds are measured, in turn with dense."""
+
 COLUMNS = (
     "cache", "settings", "budget", "held", "read", "tokens/s", "perplexity",
     *(column for protocol in PROTOCOLS for column in (f"{protocol}: {', '.join(TASKS)}", f"{protocol}: nats")),
@@ -37,7 +40,7 @@ class CacheRow:
         settings: `name=value`, with commas between.
         budget: What was asked for; None for dense and for forms of storage.
         effects: What it sets out to save.
-        measured: By part of `PARTS`, as far as measured: see `text_quality`, `recall_quality` and `_speed`.
+        measured: By part of `PARTS`, as far as measured: see `text_quality`, `recall_quality` and `_speeds`.
         ratio: Its perplexity over that of dense, where both are known.
         nats: By protocol, log-probability of the answers, mean over the tasks, less that with dense.
     """
@@ -192,9 +195,16 @@ def _measure(
         return
     progress(f"{part}: prompt")
     prompt = read_prompt(twin, ids)
+    if part == "speed":
+        for group in (lacking[first : first + TOGETHER] for first in range(0, len(lacking), TOGETHER)):
+            progress(f"{part}: {', '.join(name for name, _, _ in group)}")
+            measured = _speeds(model, twin, [policy for _, _, policy in group], prompt, rounds)
+            for (name, written, _), speed in zip(group, measured, strict=True):
+                log.add(name, written, part, speed)
+        return
     for name, written, policy in lacking:
         progress(f"{part}: {name}")
-        log.add(name, written, part, _part(part, model, twin, policy, prompt, material, rounds))
+        log.add(name, written, part, _quality(part, model, twin, policy, prompt, material))
 
 
 def _beginnings(part: str, material: Material) -> torch.Tensor | None:
@@ -204,13 +214,11 @@ def _beginnings(part: str, material: Material) -> torch.Tensor | None:
     return material.windows[: 1 if part == "speed" else None, : -material.steps]
 
 
-def _part(
-    part: str, model: Any, twin: Any, policy: CachePolicy | None, prompt: Prompt, material: Material, rounds: int
+def _quality(
+    part: str, model: Any, twin: Any, policy: CachePolicy | None, prompt: Prompt, material: Material
 ) -> dict[str, Any]:
     from saccade.plug.cache import cache_bytes
 
-    if part == "speed":
-        return _speed(model, twin, policy, prompt, rounds)
     runs, cache, counted = caches_of(model, twin, policy)
     if part == "text":
         return text_quality(runs, cache, counted, prompt, material, cache_bytes)
@@ -220,16 +228,19 @@ def _part(
 
 
 @torch.no_grad()
-def _speed(model: Any, twin: Any, policy: CachePolicy | None, prompt: Prompt, rounds: int) -> dict[str, Any]:
-    """Decoded tokens of one sequence and of dense, in turn: `tokens_per_second`, and `speedup` over dense beside it."""
+def _speeds(
+    model: Any, twin: Any, policies: Sequence[CachePolicy | None], prompt: Prompt, rounds: int
+) -> list[dict[str, Any]]:
+    """Decoded tokens of one sequence with each and with dense, in turn: `tokens_per_second`, `speedup` over dense."""
     calls = {}
     token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
-    for name, which in (("dense", None), ("row", policy)):
-        runs, cache, _ = caches_of(model, twin, which, count=False)
+    for number, policy in (("dense", None), *((str(i), policy) for i, policy in enumerate(policies))):
+        runs, cache, _ = caches_of(model, twin, policy, count=False)
         prompt.fill(cache, sequences=1)
-        calls[name] = lambda runs=runs, cache=cache: runs(input_ids=token, past_key_values=cache)
-    seconds = {name: median(times) for name, times in interleaved(calls, rounds, warmup=2).items()}
-    return {"tokens_per_second": 1 / seconds["row"], "speedup": seconds["dense"] / seconds["row"]}
+        calls[number] = lambda runs=runs, cache=cache: runs(input_ids=token, past_key_values=cache)
+    seconds = {number: median(times) for number, times in interleaved(calls, rounds, warmup=2).items()}
+    dense = seconds.pop("dense")
+    return [{"tokens_per_second": 1 / row, "speedup": dense / row} for row in seconds.values()]
 
 
 def _row(log: Notes, one: Candidate | None, dense: dict[str, dict[str, Any]]) -> CacheRow:
