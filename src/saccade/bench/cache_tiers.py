@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,7 @@ class TieredRows:
         drop: Makes the system forget what it remembers of the files, so that reading them reads the disk.
     """
 
-    calls: Mapping[str, Callable[[], None]]
+    calls: dict[str, Callable[[], Any]]
     nbytes: Callable[[], dict[str, int]]
     drop: Callable[[], None]
 
@@ -87,7 +87,7 @@ def _can_lie_elsewhere(one: Candidate, tier: Disk) -> bool:
     return True
 
 
-def _call(model: Any, cache: Any) -> Callable[[], None]:
+def _call(model: Any, cache: Any) -> Callable[[], Any]:
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
 
