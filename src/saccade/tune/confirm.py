@@ -20,17 +20,14 @@ from saccade.tune.search import Assignment, Choices, assign, evaluate, within
 MARGIN = 0.7
 """Share of the budget that the search aims at: held-out text may take a recipe worse than calibration text."""
 
-FIRST_SPEED = 0.75
+FIRST_SPEED = 0.5
 """Attention time of the first mixture tried, against dense."""
 
-RAISE, BACK_OFF = 4.0, 0.3
+RAISE, BACK_OFF = 8.0, 0.125
 """What the damage is multiplied by while every mixture tried holds, and while none does; in between it is bisected."""
 
 WORTH = 0.05
 """Part of the dense attention time that a mixture must save over the best one that held, to be tried."""
-
-ENOUGH = 2
-"""Mixtures that held after which the search ends, to keep a run short: a further one may still be faster."""
 
 RETRIEVAL_LOSS = 0.1
 """Nats that the answers to the pass keys of a length may lose on average: a lost key is only the end of a slope."""
@@ -208,8 +205,6 @@ class Search:
             if not new or assignment.damage <= 0 or self.best.seconds - assignment.seconds < WORTH * dense:
                 break
             self._try(assignment, step)
-            if sum(trial.holds for trial in self.trials) == ENOUGH:
-                break
             target = self._next_target()
         return self.best
 
