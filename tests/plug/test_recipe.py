@@ -44,9 +44,9 @@ def changed(**changes: Any) -> str:
     return json.dumps(json.loads(RECIPE.to_json()) | changes)
 
 
-def with_choice(**changes: Any) -> str:
+def with_choice(phase: str = "decode", **changes: Any) -> str:
     tree = json.loads(RECIPE.to_json())
-    tree["layers"]["model.layers.1.self_attn"]["decode"][0] |= changes
+    tree["layers"]["model.layers.1.self_attn"][phase][0] |= changes
     return json.dumps(tree)
 
 
@@ -56,6 +56,15 @@ def test_round_trip_through_text_and_file(tmp_path: Path) -> None:
     RECIPE.save(tmp_path / "recipe.json")
     assert Recipe.load(tmp_path / "recipe.json") == RECIPE
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
+def test_the_dtype_of_a_choice_makes_it_version_3() -> None:
+    narrow = (Choice((0, 2), "sink_window", {"window": 8}, dtype="bfloat16"), Choice((1, 3), "dense"))
+    recipe = Recipe(MODEL, {"a": LayerRecipe(narrow, DENSE)})
+    tree = json.loads(recipe.to_json())
+    assert tree["version"] == 3
+    assert [choice.get("dtype") for choice in tree["layers"]["a"]["prefill"]] == ["bfloat16", None]
+    assert Recipe.from_json(recipe.to_json()) == recipe
 
 
 def test_lists_in_settings_become_tuples() -> None:
@@ -72,10 +81,10 @@ def test_lists_in_settings_become_tuples() -> None:
         ("[" * 100_000, "nested deeper than 12 levels"),
         ('{"version": ' + "[" * 20 + "]" * 20 + "}", "nested deeper than 12 levels"),
         ('{"version": 1, "version": 1}', "key 'version' appears twice"),
-        (changed(version=3), "version=3: this Saccade reads up to 2; a newer one wrote it"),
-        (changed(version=0), "version=0: expected 1 to 2"),
-        (changed(version=True), "version=True: expected 1 to 2"),
-        (changed(version="1"), "version='1': expected 1 to 2"),
+        (changed(version=4), "version=4: this Saccade reads up to 3; a newer one wrote it"),
+        (changed(version=0), "version=0: expected 1 to 3"),
+        (changed(version=True), "version=True: expected 1 to 3"),
+        (changed(version="1"), "version='1': expected 1 to 3"),
         (changed(colour=1), "recipe: unknown key 'colour', expected version, model, layers, about"),
         (changed(about={"a": [1]}), r"about\['a'\]=\[1\]: expected a string, number, boolean or null"),
         (changed(model={"architecture": "x"}), "model: key 'layers' is missing"),
@@ -96,6 +105,16 @@ def test_lists_in_settings_become_tuples() -> None:
         ),
         (with_choice(settings={"engine": "x"}), r"settings={'engine': 'x'}: dense attention has one, 'engine'"),
         (with_choice(settings=None), "settings=None: expected an object"),
+        (
+            with_choice(dtype="bfloat16", settings={"engine": "saccade"}),
+            r"decode\[0\].dtype='bfloat16': expected none, a cache says what it stores keys and values in",
+        ),
+        (with_choice("prefill", dtype="bfloat16"), r"prefill\[0\].dtype='bfloat16': expected settings {'engine'"),
+        (with_choice("prefill", dtype="float32"), "dtype='float32': expected one of bfloat16, float16, or none"),
+        (
+            with_choice("prefill", dtype="bfloat16", settings={"engine": "saccade"}),
+            "version=1: expected 3 for the dtype in layers",
+        ),
         (changed(about={"x": 1}).replace("1}", "NaN}"), "recipe holds NaN: expected finite numbers"),
         (changed(about={"x": 1}).replace('"x": 1', '"x": 1e999'), "recipe holds 1e999: expected finite numbers"),
         (changed(about={"x": 1}).replace('"x": 1', '"x": ' + "9" * 5000), "recipe is not complete JSON"),

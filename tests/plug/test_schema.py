@@ -26,7 +26,7 @@ def test_what_is_written_fits_the_schema(tree):
 
 
 CHANGES = {
-    "newer version": lambda t: t.update(version=3),
+    "newer version": lambda t: t.update(version=4),
     "unknown key": lambda t: t.update(extra=1),
     "no model": lambda t: t.pop("model"),
     "unknown model key": lambda t: t["model"].update(extra=1),
@@ -37,6 +37,7 @@ CHANGES = {
     "settings of a list": lambda t: first(t).update(settings=[]),
     "dense settings": lambda t: first(t).update(mechanism="dense"),
     "dense engine": lambda t: first(t).update(mechanism="dense", settings={"engine": "other"}),
+    "dtype": lambda t: first(t).update(dtype="int8"),
     "no choices": lambda t: next(iter(t["layers"].values())).update(prefill=[]),
     "a phase missing": lambda t: next(iter(t["layers"].values())).pop("decode"),
     "cache of a list": lambda t: cached(t, []),

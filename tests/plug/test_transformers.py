@@ -111,6 +111,38 @@ def test_dense_attention_on_saccades_engine(tiny: Build, ids: Tensor) -> None:
         assert torch.equal(logits(model, input_ids=ids), before)
 
 
+@pytest.mark.parametrize(("mechanism", "settings"), [("dense", {"engine": "saccade"}), ("sink_window", NARROW)])
+def test_heads_computed_in_another_dtype(tiny: Build, ids: Tensor, mechanism: str, settings: dict[str, Any]) -> None:
+    model = tiny().float()
+    base = Recipe.uniform(model, "dense")
+
+    def logits(dtype: str | None) -> Tensor:
+        layer = LayerRecipe((Choice("all", mechanism, settings, dtype=dtype),), (Choice("all", "dense"),))
+        with apply(model, Recipe(base.model, dict.fromkeys(base.layers, layer)), strict=True), torch.no_grad():
+            out: Tensor = model(ids).logits
+            if dtype is not None:
+                assert f" in {dtype} " in str(explain(model))
+                assert explain(model).rows[0].dtype == dtype
+        return out
+
+    exact, narrow = logits(None), logits("bfloat16")
+    assert narrow.dtype == exact.dtype == torch.float32
+    difference = float((narrow - exact).norm() / exact.norm())
+    assert 1e-5 < difference < 2e-2
+    assert float((logits("float16") - exact).norm() / exact.norm()) < difference  # three more bits
+
+
+def test_what_stands_in_for_a_rounded_mechanism_is_not_rounded(tiny: Build, ids: Tensor) -> None:
+    model = tiny().float()
+    base = Recipe.uniform(model, "dense")
+    below = Choice("all", "sink_window", NARROW, min_tokens=100, dtype="bfloat16")
+    layer = LayerRecipe((below,), (Choice("all", "dense"),))
+    with torch.no_grad():
+        expected = model(ids).logits
+        with apply(model, Recipe(base.model, dict.fromkeys(base.layers, layer))):
+            assert torch.equal(model(ids).logits, expected)
+
+
 def test_no_quadratic_mask_is_built_for_layers_with_a_mechanism(
     tiny: Build, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,15 @@ def test_damage_is_the_relative_change_of_the_residual_stream():
         assert errors[head] == pytest.approx(float(change.norm() / dense[0, head].norm()), rel=1e-5)
 
 
+def test_rounding_does_little_damage_and_is_dense():
+    inputs = make_inputs()
+    window = Candidate("sink_window", {"window": 64, "sinks": 0, "block": 16}, "bfloat16")
+    _, dense, half = score_layer(inputs, [Candidate("dense", {"engine": "saccade"}, "bfloat16"), window])
+    assert dense.density == [1.0] * 4
+    assert 0 < max(dense.damage) < 1e-3
+    assert min(half.damage) > 10 * max(dense.damage)
+
+
 def test_full_budget_does_no_damage_and_less_does_more():
     inputs = make_inputs()
     steps = [Candidate("sink_window", {"window": n, "sinks": 0, "block": 16}) for n in (128, 64, 16)]

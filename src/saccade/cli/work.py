@@ -81,6 +81,9 @@ def tune_command(
         float | None,
         typer.Option(help="Part of the dense cache's bytes to aim for, such as 0.5; none keeps everything."),
     ] = None,
+    keep_dtype: Annotated[
+        bool, typer.Option("--keep-dtype", help="Compute all attention in the model's dtype, none in bfloat16.")
+    ] = False,
     seed: int = 0,
 ) -> None:
     """Find what each layer can bear, prove it on held-out text, write a recipe and a report."""
@@ -88,8 +91,9 @@ def tune_command(
 
     loaded, tokenizer = load_model(model, device, dtype)
     plan = plan_tuning(
-        loaded, context=context, budget=budget, quick=quick, seed=seed, mechanisms=mechanism, cache_budget=cache_budget
-    )
+        loaded, context=context, budget=budget, quick=quick, seed=seed, mechanisms=mechanism,
+        cache_budget=cache_budget, keep_dtype=keep_dtype,
+    )  # fmt: skip
     console.print(
         f"{len(plan.candidates)} candidates of {len({c.mechanism for c in plan.candidates})} mechanisms per layer, "
         f"{context:,} tokens, at most {budget:.2%} more perplexity; about {plan.total_minutes:.0f} minutes"
@@ -110,7 +114,7 @@ def tune_command(
     with BarProgress(console, plan) as progress:
         result = tune(
             loaded, tokenizer, out, text=text, context=context, budget=budget, quick=quick, seed=seed,
-            mechanisms=mechanism, cache_budget=cache_budget,
+            mechanisms=mechanism, cache_budget=cache_budget, keep_dtype=keep_dtype,
             name="SmolLM2-135M-Instruct" if model == BUILT_IN else model,
             command=shlex.join(["saccade", *sys.argv[1:]]), progress=progress,
         )  # fmt: skip

@@ -123,7 +123,7 @@ def _present(reading: Reading, queries: int) -> Tensor | None:
 
 def _refuse_mechanism(routes: tuple[Route, ...], policy: CachePolicy, prompt: bool) -> None:
     """Refuse a recipe's mechanism where the policy says what is read, or needs all the attention weights."""
-    for name in [route.choice.mechanism for route in routes if route.mechanism is not None]:
+    for name in [route.choice.mechanism for route in routes if route.changes]:
         if not prompt:
             raise ValueError(
                 f"mechanism={name!r}: expected dense attention in the recipe where earlier tokens are in a PagedCache, "

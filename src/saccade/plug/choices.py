@@ -14,6 +14,9 @@ DENSE = "dense"
 ENGINES = ("model", "saccade")
 """What may run dense attention, its one setting `engine`. The model's own is the default and equal to the bit."""
 
+DTYPES = ("bfloat16", "float16")
+"""What a choice's attention may be computed in, in place of the model's own dtype."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -24,16 +27,25 @@ class Choice:
         mechanism: Registry name, or "dense".
         settings: Hyperparameters of the mechanism; what is left out has its default. Lists are held as tuples.
         min_tokens: Calls with fewer keys run dense, which is faster below the crossover length.
+        dtype: Queries, keys and values are rounded to it, one of `DTYPES`, and outputs are given back in the model's:
+            half the bytes, and faster products. None leaves them as they are.
     """
 
     heads: Literal["all"] | tuple[int, ...]
     mechanism: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     min_tokens: int = 0
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", frozen(self.heads))
         object.__setattr__(self, "settings", frozen(dict(self.settings)))
+
+
+def label(mechanism: str, settings: Mapping[str, Any], dtype: str | None) -> str:
+    """`name(setting=value, ...) in dtype`, without what is left out."""
+    inside = ", ".join(f"{name}={value}" for name, value in settings.items())
+    return (f"{mechanism}({inside})" if inside else mechanism) + ("" if dtype is None else f" in {dtype}")
 
 
 def cover(choices: tuple[Choice, ...], heads: int | None, where: str) -> None:
@@ -66,6 +78,7 @@ def dump_choices(choices: tuple[Choice, ...]) -> list[dict[str, Any]]:
             "settings": dict(choice.settings),
             "min_tokens": choice.min_tokens,
         }
+        | ({} if choice.dtype is None else {"dtype": choice.dtype})
         for choice in choices
     ]
 
@@ -93,7 +106,7 @@ def parse_choices(value: Any, where: str, heads: int | None) -> tuple[Choice, ..
 
 def _choice(value: Any, where: str) -> Choice:
     tree = expect_object(value, where)
-    expect_keys(tree, where, ("heads", "mechanism", "settings"), optional=("min_tokens",))
+    expect_keys(tree, where, ("heads", "mechanism", "settings"), optional=("min_tokens", "dtype"))
     heads, mechanism, min_tokens = tree["heads"], tree["mechanism"], tree.get("min_tokens", 0)
     if heads != "all":
         good = isinstance(heads, list) and heads and all(type(head) is int and head >= 0 for head in heads)
@@ -107,7 +120,31 @@ def _choice(value: Any, where: str) -> Choice:
         raise RecipeError(f"{where}.settings={shown(settings)}: dense attention has one, 'engine': {expected}")
     if type(min_tokens) is not int or min_tokens < 0:
         raise RecipeError(f"{where}.min_tokens={shown(min_tokens)}: expected a count of at least 0")
-    return Choice(heads, mechanism, settings, min_tokens)
+    dtype = tree.get("dtype")
+    if dtype is not None:
+        check_dtype(mechanism, settings, dtype, where)
+    return Choice(heads, mechanism, settings, min_tokens, dtype)
 
 
-__all__ = ["DENSE", "ENGINES", "Choice", "cover", "dump_choices", "parse_choices"]
+def check_dtype(mechanism: str, settings: Mapping[str, Any], dtype: Any, where: str) -> None:
+    """Check that a choice can be computed in `dtype`.
+
+    Args:
+        mechanism: Of the choice.
+        settings: Of the choice.
+        dtype: As in a recipe.
+        where: Names the place in messages.
+
+    Raises:
+        RecipeError: If it is not one of `DTYPES`, or dense attention is the model's own.
+    """
+    if dtype not in DTYPES:
+        raise RecipeError(f"{where}.dtype={shown(dtype)}: expected one of {', '.join(DTYPES)}, or none")
+    if mechanism == DENSE and settings.get("engine", ENGINES[0]) == ENGINES[0]:
+        raise RecipeError(f"{where}.dtype={shown(dtype)}: expected settings {{'engine': 'saccade'}} beside it")
+
+
+__all__ = [
+    "DENSE", "DTYPES", "ENGINES", "Choice", "check_dtype", "cover", "dump_choices", "label",
+    "parse_choices",
+]  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from saccade.ops.dispatch import density_of
+from saccade.plug.choices import label
 from saccade.plug.recipe import PHASES
 from saccade.plug.route import HeadsReport, Route
 from saccade.plug.state import STATE, CallReport, LayerState
@@ -36,6 +37,7 @@ class Row:
         cache: Policy of the layer's key/value cache, in words: the one that ran or, before that, the recipe's.
         kept: Tokens that the cache held after that call, mean over batch and key/value heads; None if it is not paged.
         cache_bytes: Bytes of memory that these took.
+        dtype: What the recipe has the attention computed in, or None for the model's dtype.
     """
 
     layer: str
@@ -56,6 +58,7 @@ class Row:
     cache: str | None = None
     kept: float | None = None
     cache_bytes: int | None = None
+    dtype: str | None = None
 
 
 CACHE_HEAD = ("cache", "tokens kept", "bytes")
@@ -130,7 +133,12 @@ def _rows(state: LayerState, phase: str) -> list[Row]:
 
 def _installed(route: Route) -> dict[str, Any]:
     choice = route.choice
-    return {"heads": choice.heads, "mechanism": choice.mechanism, "settings": dict(choice.settings)}
+    return {
+        "heads": choice.heads,
+        "mechanism": choice.mechanism,
+        "settings": dict(choice.settings),
+        "dtype": choice.dtype,
+    }
 
 
 def _row(state: LayerState, phase: str, route: Route, last: CallReport, report: HeadsReport) -> Row:
@@ -156,12 +164,11 @@ def _row(state: LayerState, phase: str, route: Route, last: CallReport, report: 
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    settings = ", ".join(f"{name}={value}" for name, value in row.settings.items())
     return (
         row.layer,
         row.phase,
         row.heads if isinstance(row.heads, str) else ",".join(map(str, row.heads)),
-        f"{row.mechanism}({settings})" if settings else row.mechanism,
+        label(row.mechanism, row.settings, row.dtype),
         row.engine if row.ran else "not yet",
         "" if row.density is None else f"{row.density:.3f}",
         f"{row.select_seconds * 1e3:.1f}" if row.select_seconds else "",

@@ -1,10 +1,10 @@
 """Recipes: which mechanism each layer of one model uses, as JSON that is checked to the last key.
 
 ```json
-{"version": 2,
+{"version": 3,
  "model": {"architecture": "LlamaForCausalLM", "layers": 30, "heads": 9, ..., "weights": "<sha-256>"},
  "layers": {"model.layers.0.self_attn": {
-   "prefill": [{"heads": "all", "mechanism": "sink_window", "settings": {"window": 1024}}],
+   "prefill": [{"heads": "all", "mechanism": "sink_window", "settings": {"window": 1024}, "dtype": "bfloat16"}],
    "decode": [{"heads": [0, 1, 2], "mechanism": "dense", "settings": {}}, ...],
    "cache": {"keep": {"policy": "h2o", "settings": {"heavy": 256}}, "store": {"bits": 8}}}},
  "about": {"context": 8192}}
@@ -15,7 +15,8 @@ is. In each phase (prefill: more than one query; decode: one) every head is chos
 be left out, says what the layer's key/value cache keeps, reads and stores (see `cache_recipe`). `about` holds notes and
 is not interpreted.
 
-Version 2 added `cache`. What needs no more than version 1 is written as that, so that earlier releases read it.
+Version 2 added `cache`, version 3 `dtype`: what the attention of these heads is computed in, in prefill. A recipe is
+written as the lowest version that can say what it says, so that earlier releases read it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from saccade.catalog import get
 from saccade.plug.cache_recipe import LayerCache, check_caches, dump_cache, parse_cache
-from saccade.plug.choices import DENSE, ENGINES, Choice, cover, dump_choices, parse_choices
+from saccade.plug.choices import DENSE, DTYPES, ENGINES, Choice, check_dtype, cover, dump_choices, parse_choices
 from saccade.plug.fingerprint import Fingerprint, fingerprint
 from saccade.plug.layers import attention_layers
 from saccade.plug.strict_json import MAX_BYTES, RecipeError, expect_keys, expect_object, parse, shown
@@ -37,7 +38,7 @@ from saccade.plug.strict_json import MAX_BYTES, RecipeError, expect_keys, expect
 if TYPE_CHECKING:
     from saccade.plug.cache import PagedCache
 
-VERSION = 2
+VERSION = 3
 PHASES = ("prefill", "decode")
 
 
@@ -106,6 +107,13 @@ class Recipe:
         """Whether a layer says what its cache keeps, reads or stores: `make_cache` then makes what it asks for."""
         return any(layer.cache is not None for layer in self.layers.values())
 
+    @property
+    def _version(self) -> int:
+        """The lowest that can say it."""
+        if any(choice.dtype is not None for layer in self.layers.values() for choice in layer.prefill + layer.decode):
+            return 3
+        return 2 if self.has_cache else 1
+
     def make_cache(self, model: Any) -> PagedCache:
         """The cache that this recipe asks for: `model.generate(**inputs, past_key_values=recipe.make_cache(model))`.
 
@@ -142,7 +150,7 @@ class Recipe:
             RecipeError: If the recipe is not well formed.
         """
         tree = {
-            "version": VERSION if self.has_cache else 1,
+            "version": self._version,
             "model": asdict(self.model),
             "layers": {name: _dump(layer) for name, layer in self.layers.items()},
             "about": dict(self.about),
@@ -227,11 +235,33 @@ def _layer(value: Any, where: str, heads: int | None, version: int) -> LayerReci
     expect_keys(tree, where, PHASES, optional=("cache",))
     prefill, decode = (parse_choices(tree[phase], f"{where}.{phase}", heads) for phase in PHASES)
     layer = LayerRecipe(prefill, decode)
+    check_dtypes(layer, where)
+    if version < 3 and any(choice.dtype is not None for choice in prefill):
+        raise RecipeError(f"version={version}: expected 3 for the dtype in {where}.prefill")
     if "cache" not in tree:
         return layer
     if version < 2:
         raise RecipeError(f"version={version}: expected 2 for {where}.cache")
     return replace(layer, cache=parse_cache(tree["cache"], f"{where}.cache"))
+
+
+def check_dtypes(layer: LayerRecipe, where: str) -> None:
+    """Check what a layer's attention is computed in.
+
+    Args:
+        layer: Of a recipe.
+        where: Names the place in messages.
+
+    Raises:
+        RecipeError: Naming the place.
+    """
+    for place, choice in enumerate(layer.prefill):
+        if choice.dtype is not None:
+            check_dtype(choice.mechanism, choice.settings, choice.dtype, f"{where}.prefill[{place}]")
+    for place, choice in enumerate(layer.decode):
+        if choice.dtype is not None:
+            found = f"{where}.decode[{place}].dtype={shown(choice.dtype)}"
+            raise RecipeError(f"{found}: expected none, a cache says what it stores keys and values in")
 
 
 def _fingerprint(value: Any) -> Fingerprint:
@@ -248,4 +278,7 @@ def _fingerprint(value: Any) -> Fingerprint:
     return Fingerprint(**tree)
 
 
-__all__ = ["DENSE", "ENGINES", "PHASES", "VERSION", "Choice", "LayerCache", "LayerRecipe", "Recipe", "cover"]
+__all__ = [
+    "DENSE", "DTYPES", "ENGINES", "PHASES", "VERSION", "Choice", "LayerCache", "LayerRecipe", "Recipe", "check_dtypes",
+    "cover",
+]  # fmt: skip

@@ -46,6 +46,7 @@ class Route:
         heads: Query heads, or None for all.
         kv_heads: Key/value heads for these, in order: as many as the query heads or a divisor; None for all.
         rule: Why the recipe itself makes this call dense, or None.
+        dtype: What queries, keys and values are rounded to; None leaves them as they are.
     """
 
     choice: Choice
@@ -53,6 +54,7 @@ class Route:
     heads: tuple[int, ...] | None = None
     kv_heads: tuple[int, ...] | None = None
     rule: str | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def as_before(self) -> bool:
@@ -60,11 +62,16 @@ class Route:
         asked = self.choice.mechanism == DENSE and self.choice.settings.get("engine", ENGINES[0]) != ENGINES[0]
         return self.mechanism is None and not asked
 
+    @property
+    def changes(self) -> bool:
+        """Whether it computes anything but dense attention in the model's dtype."""
+        return self.mechanism is not None or self.dtype is not None
+
     def at(self, keys: int) -> Route:
         """The route of a call with so many keys: dense below the choice's `min_tokens`."""
         if self.mechanism is None or keys >= self.choice.min_tokens:
             return self
-        return replace(self, mechanism=None, rule=f"dense below {self.choice.min_tokens:,} tokens")
+        return replace(self, mechanism=None, rule=f"dense below {self.choice.min_tokens:,} tokens", dtype=None)
 
     def report(self, fallback: str | None = None) -> HeadsReport:
         """A report to fill in."""
@@ -114,17 +121,18 @@ def build_route(choice: Choice, heads: int | None, kv_heads: int | None) -> Rout
             )
         # `Card.build` without settings gives the card's example, a recipe without settings means the defaults.
         mechanism = card.build(**choice.settings) if choice.settings else card.target()
+    dtype = None if choice.dtype is None else getattr(torch, choice.dtype)
     if choice.heads == "all":
-        return Route(choice, mechanism)
+        return Route(choice, mechanism, dtype=dtype)
     if heads is None or kv_heads is None:
         raise RecipeError(f"heads={choice.heads}: the model's config does not say how many heads a layer has")
     chosen = tuple(choice.heads)
     if chosen == tuple(range(heads)):
-        return Route(choice, mechanism)
+        return Route(choice, mechanism, dtype=dtype)
     reads = [head // (heads // kv_heads) for head in chosen]
     distinct = sorted(set(reads))
     even = len({reads.count(head) for head in distinct}) == 1
-    return Route(choice, mechanism, chosen, tuple(distinct if even else reads))
+    return Route(choice, mechanism, chosen, tuple(distinct if even else reads), dtype=dtype)
 
 
 def run_routes(
@@ -197,18 +205,22 @@ def _run(
 def _attention(
     route: Route, q: Tensor, k: Tensor, v: Tensor, reading: Reading, extras: Extras, report: HeadsReport
 ) -> Tensor:
+    dtype = q.dtype if route.dtype is None else route.dtype
     if route.mechanism is not None and report.fallback is None:
         try:
-            return _mechanism(route.mechanism, q, k, v, reading, extras)
+            return _mechanism(route.mechanism, q.to(dtype), k.to(dtype), v.to(dtype), reading, extras).to(q.dtype)
         except ValueError as error:
             # A mechanism may find only now that these lengths or shapes are not for it.
             report.fallback = str(error)
-    geometry, window = reading.geometry, reading.window
+    if route.mechanism is not None:  # what stands in for it leaves the model as it is
+        dtype = q.dtype
+    geometry = reading.geometry
+    window = None if reading.window is None else (reading.window - 1, 0)
     return attend(
-        q, k, v, causal=geometry.causal, window=None if window is None else (window - 1, 0),
+        q.to(dtype), k.to(dtype), v.to(dtype), causal=geometry.causal, window=window,
         q_segments=geometry.q_segments, kv_segments=geometry.kv_segments, softcap=extras.softcap, sinks=extras.sinks,
         scale=extras.scale,
-    )  # fmt: skip
+    ).to(q.dtype)  # fmt: skip
 
 
 def _mechanism(mechanism: Any, q: Tensor, k: Tensor, v: Tensor, reading: Reading, extras: Extras) -> Tensor:

@@ -25,7 +25,7 @@ from saccade.plug.cached import LATER, attend_cached
 from saccade.plug.fingerprint import fingerprint
 from saccade.plug.layers import INTERFACE, attention_layers, forward_globals
 from saccade.plug.masks import MaskPlan, Reading, UnreadableMaskError, build_plan, read_bare
-from saccade.plug.recipe import PHASES, LayerRecipe, Recipe, cover
+from saccade.plug.recipe import PHASES, LayerRecipe, Recipe, check_dtypes, cover
 from saccade.plug.route import Extras, HeadsReport, Route, build_route, refusal, run_routes
 from saccade.plug.state import STATE, CacheReport, CallReport, LayerState, Observation
 from saccade.plug.strict_json import RecipeError
@@ -161,6 +161,7 @@ def _layer_routes(name: str, layer: LayerRecipe, layers: dict[str, Any]) -> dict
     kv_heads = getattr(config, "num_key_value_heads", None)
     kv_heads = heads if kv_heads is None else kv_heads
     routes = {}
+    check_dtypes(layer, f"layers[{name!r}]")
     for phase in PHASES:
         choices = getattr(layer, phase)
         cover(choices, heads, f"layers[{name!r}].{phase}")
@@ -211,7 +212,7 @@ def _run_cached(
 ) -> tuple[Tensor, Tensor | None, list[HeadsReport]]:  # fmt: skip
     """The layer's attention over a `PagedCache`, and what it read."""
     later = query.shape[2] > 1 and not layer.store.empty
-    reports = [route.report(LATER if later and route.mechanism is not None else None) for route in routes]
+    reports = [route.report(LATER if later and route.changes else None) for route in routes]
     _raise_if_strict(state, reports)
 
     def prefill() -> Tensor:

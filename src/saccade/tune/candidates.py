@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saccade.catalog import cards, get
 from saccade.ops import attend, recording
-from saccade.plug.recipe import DENSE
-from saccade.types import Kind, Pattern
+from saccade.plug.choices import DENSE, Choice, label
+from saccade.types import Geometry, Kind, Pattern
 
 
 @dataclass(frozen=True)
@@ -22,27 +23,50 @@ class Candidate:
     Args:
         mechanism: Registry name, or "dense".
         settings: Its hyperparameters.
+        dtype: What queries, keys and values are rounded to; None leaves them as they are.
     """
 
     mechanism: str
     settings: dict[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+
+    @classmethod
+    def of(cls, choice: Choice) -> Candidate:
+        """The candidate that a recipe chose."""
+        return cls(choice.mechanism, dict(choice.settings), choice.dtype)
 
     @property
     def label(self) -> str:
-        """`name(setting=value, ...)`."""
-        inside = ", ".join(f"{name}={value}" for name, value in self.settings.items())
-        return f"{self.mechanism}({inside})" if inside else self.mechanism
+        """`name(setting=value, ...) in dtype`."""
+        return label(self.mechanism, self.settings, self.dtype)
 
     @property
     def key(self) -> str:
         """A stable name for files."""
-        return json.dumps([self.mechanism, self.settings], sort_keys=True)
+        return json.dumps([self.mechanism, self.settings, self.dtype], sort_keys=True)
 
     def build(self) -> Any:
         """The mechanism; `ValueError` for dense attention, which is none."""
         if self.mechanism == DENSE:
             raise ValueError("mechanism='dense': expected a registered mechanism to build")
         return get(self.mechanism).build(**self.settings)
+
+    def round(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Tensors in the dtype that it computes in."""
+        return tensors if self.dtype is None else tuple(x.to(getattr(torch, self.dtype)) for x in tensors)
+
+    def attention(self) -> Callable[[Tensor, Tensor, Tensor, float | None], Tensor]:
+        """Causal attention of q, k, v and a scale as it computes them, in the dtype of q."""
+        mechanism = None if self.mechanism == DENSE else self.build()
+
+        def run(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+            rounded = self.round(q, k, v)
+            if mechanism is None:
+                return attend(*rounded, causal=True, scale=scale).to(q.dtype)
+            out: Tensor = mechanism(*rounded, geometry=Geometry(causal=True), scale=scale)
+            return out.to(q.dtype)
+
+        return run
 
 
 def dense_candidate(device: str) -> Candidate:
@@ -51,6 +75,36 @@ def dense_candidate(device: str) -> Candidate:
     with recording() as records:
         attend(x, x, x, causal=True)
     return Candidate(DENSE, {"engine": "saccade"} if records[0].impl == "cpu" else {})
+
+
+def fast_dtype(model: Any) -> str | None:
+    """What attention is faster in than in the model's dtype: bfloat16 for fp32 models where products of it are fast."""
+    if model.dtype != torch.float32:
+        return None
+    if model.device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    x = torch.zeros(1, 1, 64, 16, device=model.device, dtype=torch.bfloat16)
+    with recording() as records:
+        attend(x, x, x, causal=True)
+    return "bfloat16" if "bf16" in (records[0].instruction_set or "") else None
+
+
+def rounded(candidates: list[Candidate], dtype: str | None) -> list[Candidate]:
+    """Candidates in `dtype`, dense attention on Saccade's engine before them; as they are for None.
+
+    Nothing is scored in both dtypes: a head that bears leaving pairs out bears rounding too, whose error is less.
+
+    Args:
+        candidates: Mechanisms.
+        dtype: As in `Candidate`.
+
+    Returns:
+        The candidates.
+    """
+    if dtype is None:
+        return candidates
+    engine = Candidate(DENSE, {"engine": "saccade"}, dtype)
+    return [engine, *(replace(candidate, dtype=dtype) for candidate in candidates)]
 
 
 def find_candidates(context: int, names: Iterable[str] | None = None) -> tuple[list[Candidate], dict[str, str]]:

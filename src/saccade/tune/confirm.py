@@ -163,6 +163,7 @@ def make_recipe(
                 candidates[number].mechanism,
                 candidates[number].settings,
                 (min_tokens or {}).get(candidates[number].key, 0),
+                candidates[number].dtype,
             )
             for number, heads in groups.items()
         )

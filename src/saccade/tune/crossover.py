@@ -12,7 +12,6 @@ from saccade.models.tasks import last_hidden_states
 from saccade.ops import attend
 from saccade.plug import Observation, Recipe, attention_layers, watch
 from saccade.tune.candidates import Candidate
-from saccade.types import Geometry
 
 SHORTEST = 256
 ROUNDS = 3
@@ -57,7 +56,7 @@ def crossover_lengths(
 
     with torch.no_grad(), watch(model, observe, exact):
         last_hidden_states(model, ids[: context // 2])
-        racing = {candidate.key: candidate.build() for candidate in candidates}
+        racing = {candidate.key: candidate.attention() for candidate in candidates}
         for length in lengths_to_try(context):
             racing = _faster(seen[0], racing, length)
             found |= dict.fromkeys(racing, length)
@@ -67,9 +66,8 @@ def crossover_lengths(
 def _faster(seen: Observation, racing: dict[str, Any], length: int) -> dict[str, Any]:
     """Those still faster than dense attention on the first `length` tokens."""
     q, k, v = (x[:, :, :length] for x in (seen.q, seen.k, seen.v))
-    geometry = Geometry(causal=True)
     calls: dict[str, Any] = {"dense": lambda: attend(q, k, v, causal=True, scale=seen.scale)}
-    for key, mechanism in racing.items():
-        calls[key] = lambda m=mechanism: m(q, k, v, geometry=geometry, scale=seen.scale)
+    for key, attention in racing.items():
+        calls[key] = lambda run=attention: run(q, k, v, seen.scale)
     times = {key: min(seconds) for key, seconds in interleaved(calls, ROUNDS, device=str(q.device)).items()}
-    return {key: mechanism for key, mechanism in racing.items() if times[key] < times["dense"]}
+    return {key: attention for key, attention in racing.items() if times[key] < times["dense"]}

@@ -27,7 +27,7 @@ from saccade.tune.search import Assignment, Choices
 from saccade.tune.state import RunState
 from saccade.tune.texts import Texts
 
-CONFIRM_SEED, HELDOUT_SEED = 1000, 4000
+CONFIRM_SEED, HELDOUT_SEED = 1000, 5000
 """Added to the seed for the pass keys of the search and for the held-out ones: no key or text is asked for twice."""
 
 

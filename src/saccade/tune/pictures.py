@@ -24,7 +24,7 @@ def pick_heads(recipe: Recipe, count: int = 6) -> list[tuple[str, int, Candidate
     for name, layer in recipe.layers.items():
         for choice in layer.prefill:
             if choice.mechanism != DENSE:
-                candidate = Candidate(choice.mechanism, dict(choice.settings))
+                candidate = Candidate.of(choice)
                 head = 0 if choice.heads == "all" else choice.heads[0]
                 found.setdefault(candidate.key, (name, head, candidate))
     return list(found.values())[:count]
@@ -52,7 +52,7 @@ def _example(seen: Observation, name: str, head: int, candidate: Candidate) -> d
     """One picture; None for a choice that is not made of blocks."""
     shared = seen.q.shape[1] // seen.k.shape[1]
     q, k, v = seen.q[:, head, None], seen.k[:, head // shared, None], seen.v[:, head // shared, None]
-    layout = candidate.build().pattern(q, k, Geometry(causal=True))
+    layout = candidate.build().pattern(*candidate.round(q, k), Geometry(causal=True))
     if not isinstance(layout, BlockLayout):
         return None
     scale = q.shape[3] ** -0.5 if seen.scale is None else seen.scale

@@ -11,7 +11,7 @@ import torch
 from saccade.bench.measure import gemm_gflops, interleaved
 from saccade.ops import attend
 from saccade.tune.caches import CacheCandidate
-from saccade.tune.candidates import Candidate
+from saccade.tune.candidates import DENSE, Candidate
 
 LINEAR_SHARE = 0.8
 """Speed of the model's other layers against a large matrix product's, for the estimate."""
@@ -132,19 +132,22 @@ def make_plan(
     rate = gemm_gflops(device, size=2048) * 1e9
     embedding = config.vocab_size * config.hidden_size
     dense_layers = sum(p.numel() for p in model.parameters()) - embedding
-    pairs = {name: config.num_hidden_layers * seconds for name, seconds in _seconds_per_pair(model, settings).items()}
+    pairs = {
+        name: config.num_hidden_layers * seconds
+        for name, seconds in _seconds_per_pair(model, settings, candidates).items()
+    }
 
     def prefill(n: int, engine: str) -> float:
         return 2 * dense_layers * n / (LINEAR_SHARE * rate) + pairs[engine] * n * n
 
     dense, tuned = prefill(settings.context, "model"), prefill(settings.context, "saccade")
-    attention = pairs["saccade"] * settings.context**2
+    attention, scored = (pairs[engine] * settings.context**2 for engine in ("saccade", "scored"))
     head = 2 * embedding * settings.context / rate
     trial_keys = sum(prefill(length, "saccade") for length, _ in settings.trial_questions)
     whole = sum(length == settings.context for length, _ in settings.trial_questions)
-    keys = sum(prefill(length, engine) for length, _ in settings.questions for engine in pairs)
+    keys = sum(prefill(length, engine) for length, _ in settings.questions for engine in ("model", "saccade"))
     seconds = {
-        "score candidates per layer": tuned + attention * (1 + PART_OF_DENSE * len(candidates)),
+        "score candidates per layer": tuned + attention + scored * PART_OF_DENSE * len(candidates),
         "search and confirm": (1 + 0.6 * settings.confirmations) * (trial_keys + whole * head),
         "measure on held-out text": (settings.rounds + 1) * (dense + tuned) + settings.rounds * 3 * head,
         "pass keys": keys,
@@ -157,8 +160,8 @@ def make_plan(
     return Plan(settings, tuple(candidates), left_out, {k: v / 60 for k, v in seconds.items()}, dense, tuple(caches))
 
 
-def _seconds_per_pair(model: Any, settings: Settings) -> dict[str, float]:
-    """Time of causal attention per pair of tokens and layer, as the model runs it and on Saccade's engine."""
+def _seconds_per_pair(model: Any, settings: Settings, candidates: list[Candidate]) -> dict[str, float]:
+    """Time of causal attention per pair of tokens and layer: the model's, Saccade's, and that as candidates round."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -172,6 +175,9 @@ def _seconds_per_pair(model: Any, settings: Settings) -> dict[str, float]:
     calls = {
         "model": lambda: sdpa(q, k, v, is_causal=True, enable_gqa=True),
         "saccade": lambda: attend(q, k, v, causal=True),
+        "scored": lambda: Candidate(DENSE, dtype=candidates[0].dtype if candidates else None).attention()(
+            q, k, v, None
+        ),
     }
     times = interleaved(calls, 3, device=str(model.device))
     return {name: min(seconds) / tokens**2 for name, seconds in times.items()}

@@ -234,13 +234,13 @@ def heldout(parts: ReportParts, summary: dict[str, Any]) -> dict[str, Any]:
 def layers(parts: ReportParts) -> list[dict[str, Any]]:
     """What each layer runs."""
     rows = []
+    by_key = {candidate.key: number for number, candidate in enumerate(parts.candidates)}
     for (name, scores), chosen in zip(parts.scores.items(), parts.assignment.chosen.tolist(), strict=True):
         choices = parts.recipe.layers[name].prefill
-        by_key = {candidate.key: number for number, candidate in enumerate(parts.candidates)}
         cells = []
         for choice in choices:
-            candidate = Candidate(choice.mechanism, dict(choice.settings))
-            number = by_key[candidate.key] if candidate.key in by_key else _find(parts, candidate)
+            candidate = Candidate.of(choice)
+            number = by_key[candidate.key]
             heads = [head for head, c in enumerate(chosen) if c == number]
             density = statistics.fmean(scores[number].density[head] for head in heads)
             cells.append({
@@ -251,14 +251,6 @@ def layers(parts: ReportParts) -> list[dict[str, Any]]:
         words = None if cache is None else in_words(cache.build())
         rows.append({"key": name, "choices": cells, "dense_seconds": scores[0].seconds, "cache": words})
     return rows
-
-
-def _find(parts: ReportParts, wanted: Candidate) -> int:
-    """A candidate by mechanism and settings; a recipe holds lists as tuples."""
-    for number, candidate in enumerate(parts.candidates):
-        if candidate.mechanism == wanted.mechanism and dict(candidate.settings) == dict(wanted.settings):
-            return number
-    raise ValueError(f"recipe: {wanted.label} is not among the candidates")
 
 
 def candidate_rows(parts: ReportParts) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from saccade.plug import Recipe, fingerprint, patchable_layers
 from saccade.report import require_packages, write_report
 from saccade.tune.cache_search import trial_rows
 from saccade.tune.caches import CacheCandidate, exact_cache, find_cache_candidates, trouble_with_pages
-from saccade.tune.candidates import dense_candidate, every_other, find_candidates
+from saccade.tune.candidates import dense_candidate, every_other, fast_dtype, find_candidates, rounded
 from saccade.tune.confirm import make_choices, make_recipe
 from saccade.tune.job import Job
 from saccade.tune.plan import Plan, Settings, make_plan
@@ -41,7 +41,7 @@ class TuneResult:
 
 def plan_tuning(
     model: Any, *, context: int = 8192, budget: float = 0.01, quick: bool = False, seed: int = 0,
-    mechanisms: Iterable[str] | None = None, cache_budget: float | None = None,
+    mechanisms: Iterable[str] | None = None, cache_budget: float | None = None, keep_dtype: bool = False,
 ) -> Plan:  # fmt: skip
     """What `tune` with the same arguments would try and about how long; nothing is run beside a short timing.
 
@@ -53,6 +53,7 @@ def plan_tuning(
         seed: Of the pass keys.
         mechanisms: Only these; None means all that apply.
         cache_budget: Part of the dense cache's bytes to aim for.
+        keep_dtype: All attention is computed in the model's dtype.
 
     Returns:
         The plan.
@@ -69,6 +70,7 @@ def plan_tuning(
     candidates, left_out = find_candidates(context, mechanisms)
     if quick:
         candidates = [c for c in candidates if c in every_other(candidates)]
+    candidates = candidates if keep_dtype else rounded(candidates, fast_dtype(model))
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
     caches: list[CacheCandidate] = []
     if cache_budget is not None:
@@ -92,6 +94,7 @@ def tune(
     seed: int = 0,
     mechanisms: Iterable[str] | None = None,
     cache_budget: float | None = None,
+    keep_dtype: bool = False,
     name: str = "model",
     command: str = "",
     progress: Progress | None = None,
@@ -113,6 +116,8 @@ def tune(
         mechanisms: Only these; None means all that apply.
         cache_budget: Part of the dense cache's bytes to aim for, in (0, 1): caches that evict and pack are searched
             beside the prefill mechanisms, within the one perplexity budget. None means a cache that keeps everything.
+        keep_dtype: All attention is computed in the model's dtype. Else that of prompts to an fp32 model may be
+            computed in bfloat16, where the device is faster at it, in heads that bear it within the perplexity budget.
         name: What the report calls the model.
         command: The command line, for the report.
         progress: Is told what happens; None is silent.
@@ -128,8 +133,9 @@ def tune(
     progress = Progress() if progress is None else progress
     require_packages()
     plan = plan_tuning(
-        model, context=context, budget=budget, quick=quick, seed=seed, mechanisms=mechanisms, cache_budget=cache_budget
-    )
+        model, context=context, budget=budget, quick=quick, seed=seed, mechanisms=mechanisms,
+        cache_budget=cache_budget, keep_dtype=keep_dtype,
+    )  # fmt: skip
     check_head(model)
     texts = load_texts(tokenizer, text, context)
     settings = plan.settings

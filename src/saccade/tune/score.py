@@ -118,30 +118,31 @@ def score_layer(
 
 
 def _score(inputs: LayerInputs, candidate: Candidate, dense: Tensor, repeats: int) -> CandidateScore:
-    mechanism, geometry = candidate.build(), Geometry(causal=True)
-    if mechanism.adds:
-        return _score_whole(inputs, mechanism, dense, repeats)
-    chosen, select = _timed(lambda: mechanism.pattern(inputs.q, inputs.k, geometry), repeats)
+    mechanism = None if candidate.mechanism == DENSE else candidate.build()
+    if mechanism is None or mechanism.adds:
+        return _score_whole(inputs, candidate, dense, repeats)
+    (q, k, v), rounding = _timed(lambda: candidate.round(*_qkv(inputs)), repeats)
+    chosen, select = _timed(lambda: mechanism.pattern(q, k, Geometry(causal=True)), repeats)
     engine: Any = block_attend if isinstance(chosen, BlockLayout) else gather_attend
     part, tokens, work = sample(chosen)
+    out, seconds = _timed(lambda: engine(q[:, :, tokens], k, v, part, scale=inputs.scale), repeats)
     some = replace(
-        inputs, q=inputs.q[:, :, tokens], focus=inputs.focus[tokens],
-        residual=None if inputs.residual is None else inputs.residual[tokens],
-    )  # fmt: skip
-    out, seconds = _timed(lambda: engine(*_qkv(some), part, scale=inputs.scale), repeats)
+        inputs, focus=inputs.focus[tokens], residual=None if inputs.residual is None else inputs.residual[tokens]
+    )
     errors, damage = compare_outputs(out, dense[:, :, tokens], some)
-    return CandidateScore(select + work * seconds, select, _densities(chosen, inputs.q.shape[1]), errors, damage)
+    whole = rounding + select + work * seconds
+    return CandidateScore(whole, select, _densities(chosen, inputs.q.shape[1]), errors, damage)
 
 
-def _score_whole(inputs: LayerInputs, mechanism: Any, dense: Tensor, repeats: int) -> CandidateScore:
-    """The score of a mechanism whose output is more than attention over what it selects, from calls as they are."""
+def _score_whole(inputs: LayerInputs, candidate: Candidate, dense: Tensor, repeats: int) -> CandidateScore:
+    """The score of one whose output is not attention over a pattern that it selects, from calls as they are."""
+    attention = candidate.attention()
     with recording() as records:
-        out, seconds = _timed(
-            lambda: mechanism(*_qkv(inputs), geometry=Geometry(causal=True), scale=inputs.scale), repeats
-        )
+        out, seconds = _timed(lambda: attention(*_qkv(inputs), inputs.scale), repeats)
     errors, damage = compare_outputs(out, dense, inputs)
     tokens, heads = inputs.q.shape[2], inputs.q.shape[1]
     density = (density_of(records) or 0.0) / repeats * 2 * tokens / (tokens + 1)
+    density = 1.0 if candidate.mechanism == DENSE else density
     select = sum(run.select_seconds for run in records) / repeats
     return CandidateScore(seconds, select, [density] * heads, errors, damage)
 
