@@ -16,7 +16,7 @@ from saccade.mechanisms.cache.h2o import H2O
 from saccade.mechanisms.cache.sink_recent import SinkRecent
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.tidal_decode import TidalDecode
-from saccade.plug import PagedCache, Recipe, apply, explain
+from saccade.plug import Choice, LayerRecipe, PagedCache, Recipe, apply, explain
 from saccade.plug.cache import cache_in_words
 
 Build = Callable[..., Any]
@@ -45,6 +45,22 @@ def test_full_budget_gives_the_same_tokens(tiny: Build, ids: Tensor, policy: Cac
         assert torch.equal(generate(model, ids, policy), expected)
         assert "decode_attend" in str(explain(model))
     assert torch.equal(generate(model, ids), expected)
+
+
+def test_a_policy_that_needs_weights_gets_those_of_rounded_heads(tiny: Build, ids: Tensor) -> None:
+    model = tiny().float()
+    base = Recipe.uniform(model, "dense")
+    engine = {"engine": "saccade"}
+    choices = (Choice((0, 2), "dense", engine, dtype="bfloat16"), Choice((1, 3), "dense", engine))
+    layer = LayerRecipe(choices, (Choice("all", "dense"),))
+    recipe = Recipe(base.model, {"model.layers.0.self_attn": layer})  # the other layer is not named
+    with apply(model, recipe, strict=True), torch.no_grad():
+        rounded = model(ids, past_key_values=PagedCache(model, H2O(heavy=4, recent=6))).logits
+        plain = model(ids).logits
+    with torch.no_grad():
+        exact = model(ids).logits
+    assert torch.allclose(rounded, plain, atol=1e-5)
+    assert 1e-4 < float((rounded - exact).norm() / exact.norm()) < 2e-2
 
 
 def test_a_cache_in_words(tiny: Build) -> None:

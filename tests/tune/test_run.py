@@ -15,6 +15,7 @@ from saccade.kernels import cpu
 from saccade.plug import Recipe, apply
 from saccade.plug.cache_recipe import in_words
 from saccade.tune import Progress, plan_tuning, tune
+from saccade.tune.candidates import fast_dtype
 from saccade.tune.heldout import DECODE_TOKENS
 
 OPTIONS = {"context": 2048, "quick": True, "mechanisms": ["sink_window", "sparge"], "budget": 0.5}
@@ -69,7 +70,7 @@ def test_the_report_holds_what_was_measured(finished):
     report = finished[0].report
     assert len(report["layers"]) == 2
     assert all(sum(len(c["heads"]) for c in layer["choices"]) == 4 for layer in report["layers"])
-    assert {row["mechanism"] for row in report["candidates"]} == {"sink_window", "sparge"}
+    assert {row["mechanism"] for row in report["candidates"]} - {"dense"} == {"sink_window", "sparge"}
     assert report["summary"]["perplexity"]["dense"] > 1
     assert report["summary"]["passkeys_asked"] == 2
     assert [row["tokens"] for row in report["heldout"]["passkey"]] == [512, 1024]
@@ -174,7 +175,10 @@ def test_the_recipe_can_be_applied_and_undone(byte_model, finished):
 
 def test_a_plan_lists_without_running(byte_model):
     plan = plan_tuning(byte_model[0], **OPTIONS)
-    assert {c.mechanism for c in plan.candidates} == {"sink_window", "sparge"}
+    assert {c.mechanism for c in plan.candidates} - {"dense"} == {"sink_window", "sparge"}
+    assert all(c.dtype == fast_dtype(byte_model[0]) for c in plan.candidates)
+    kept = plan_tuning(byte_model[0], **OPTIONS, keep_dtype=True)
+    assert {(c.mechanism, c.dtype) for c in kept.candidates} == {("sink_window", None), ("sparge", None)}
     assert plan.total_minutes > 0
     assert set(plan.minutes) == {
         "score candidates per layer", "search and confirm", "measure on held-out text", "pass keys",

@@ -12,12 +12,16 @@ from saccade.mechanisms.cache.base import CachePolicy, attend_chosen, evict_afte
 from saccade.mechanisms.cache.store import KVStore
 from saccade.ops import attend
 from saccade.plug.cache import PagedLayer
+from saccade.plug.choices import DENSE, Choice
 from saccade.plug.masks import MaskPlan, Reading, UnreadableMaskError
-from saccade.plug.route import Extras, Route
+from saccade.plug.route import Extras, Route, join, split
 from saccade.types import AttentionOutput
 
 LATER = "earlier tokens are in a PagedCache, and its policy says what is read of them"
 """Why later parts of a text, another turn of a chat among them, attend densely to themselves and to what is read."""
+
+ALL_DENSE = Route(Choice("all", DENSE), None)
+"""What a layer does that the recipe does not name."""
 
 SERVED = "expected causal attention over one sequence per row, perhaps padded, with a PagedCache"
 
@@ -54,7 +58,7 @@ def attend_cached(
     store.append(k, v, _present(reading, queries))
     layer.length, layer.pending = layer.length + queries, queries
     if prompt and governed and policy.needs_lse:
-        out, step.lse = _dense(q, k, v, reading, extras)
+        out, step.lse = _dense(routes, q, k, v, reading, extras)
     elif prompt:
         out = prefill()
     else:
@@ -88,13 +92,19 @@ def _with_sinks(result: AttentionOutput, sinks: Tensor | None) -> AttentionOutpu
     return AttentionOutput(out * torch.exp(lse - joint)[..., None].to(out.dtype), joint)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, reading: Reading, extras: Extras) -> AttentionOutput:
+def _dense(
+    routes: tuple[Route, ...], q: Tensor, k: Tensor, v: Tensor, reading: Reading, extras: Extras
+) -> AttentionOutput:
     """A prompt on Saccade's engine, which says the log-sum-exp that the policy needs."""
-    geometry = reading.geometry
-    return attend(
-        q, k, v, causal=True, q_segments=geometry.q_segments, kv_segments=geometry.kv_segments, softcap=extras.softcap,
-        sinks=extras.sinks, scale=extras.scale, return_lse=True,
-    )  # fmt: skip
+    geometry, routes = reading.geometry, tuple(route.at(k.shape[2]) for route in routes) or (ALL_DENSE,)
+    done: list[Any] = [
+        attend(
+            *route.round(*parts), causal=True, q_segments=geometry.q_segments, kv_segments=geometry.kv_segments,
+            softcap=extras.softcap, sinks=of_heads.sinks, scale=extras.scale, return_lse=True,
+        )
+        for route, parts, of_heads in split(routes, q, k, v, extras)
+    ]  # fmt: skip
+    return AttentionOutput(join(routes, [out.to(q.dtype) for out, _ in done]), join(routes, [lse for _, lse in done]))
 
 
 def _read(mask: Any, q: Tensor) -> Reading:
@@ -123,7 +133,7 @@ def _present(reading: Reading, queries: int) -> Tensor | None:
 
 def _refuse_mechanism(routes: tuple[Route, ...], policy: CachePolicy, prompt: bool) -> None:
     """Refuse a recipe's mechanism where the policy says what is read, or needs all the attention weights."""
-    for name in [route.choice.mechanism for route in routes if route.changes]:
+    for name in [route.choice.mechanism for route in routes if route.mechanism is not None]:
         if not prompt:
             raise ValueError(
                 f"mechanism={name!r}: expected dense attention in the recipe where earlier tokens are in a PagedCache, "

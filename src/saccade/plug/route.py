@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -67,9 +68,13 @@ class Route:
         """Whether it computes anything but dense attention in the model's dtype."""
         return self.mechanism is not None or self.dtype is not None
 
+    def round(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values in the dtype that it computes in."""
+        return (q, k, v) if self.dtype is None else (q.to(self.dtype), k.to(self.dtype), v.to(self.dtype))
+
     def at(self, keys: int) -> Route:
-        """The route of a call with so many keys: dense below the choice's `min_tokens`."""
-        if self.mechanism is None or keys >= self.choice.min_tokens:
+        """The route of a call with so many keys: dense, in the model's dtype, below the choice's `min_tokens`."""
+        if not self.changes or keys >= self.choice.min_tokens:
             return self
         return replace(self, mechanism=None, rule=f"dense below {self.choice.min_tokens:,} tokens", dtype=None)
 
@@ -139,21 +144,30 @@ def run_routes(
     routes: tuple[Route, ...], q: Tensor, k: Tensor, v: Tensor, reading: Reading, extras: Extras, keep_records: bool
 ) -> tuple[Tensor, list[HeadsReport]]:
     """Attention of all heads, `[B, H, M, E]`, and what each group of heads did."""
-    outputs: list[Tensor] = []
-    reports: list[HeadsReport] = []
-    order: list[int] = []
     k, v = k[:, :, : reading.keys], v[:, :, : reading.keys]
+    done = [
+        _run(route, *parts, reading, of_heads, keep_records)
+        for route, parts, of_heads in split(routes, q, k, v, extras)
+    ]
+    return join(routes, [out for out, _ in done]), [report for _, report in done]
+
+
+def split(
+    routes: tuple[Route, ...], q: Tensor, k: Tensor, v: Tensor, extras: Extras
+) -> Iterator[tuple[Route, tuple[Tensor, Tensor, Tensor], Extras]]:
+    """Each route with the queries, keys and values of its heads, and the extras."""
     for route in routes:
         sinks = extras.sinks if extras.sinks is None else take(extras.sinks, route.heads, 0)
         parts = take(q, route.heads, 1), take(k, route.kv_heads, 1), take(v, route.kv_heads, 1)
-        out, report = _run(route, *parts, reading, Extras(extras.scale, extras.softcap, sinks), keep_records)
-        outputs.append(out)
-        reports.append(report)
-        order += range(q.shape[1]) if route.heads is None else route.heads
+        yield route, parts, Extras(extras.scale, extras.softcap, sinks)
+
+
+def join(routes: tuple[Route, ...], outputs: list[Tensor]) -> Tensor:
+    """What the routes gave, `[B, heads, ...]` each, as `[B, H, ...]` in the order of the heads."""
     if len(outputs) == 1:
-        return outputs[0], reports
-    places = torch.tensor(order, device=q.device).argsort()
-    return torch.cat(outputs, 1).index_select(1, places), reports
+        return outputs[0]
+    order = [head for route in routes for head in route.heads or ()]
+    return torch.cat(outputs, 1).index_select(1, torch.tensor(order, device=outputs[0].device).argsort())
 
 
 def take(tensor: Tensor, indices: tuple[int, ...] | None, dim: int) -> Tensor:
@@ -205,19 +219,16 @@ def _run(
 def _attention(
     route: Route, q: Tensor, k: Tensor, v: Tensor, reading: Reading, extras: Extras, report: HeadsReport
 ) -> Tensor:
-    dtype = q.dtype if route.dtype is None else route.dtype
     if route.mechanism is not None and report.fallback is None:
         try:
-            return _mechanism(route.mechanism, q.to(dtype), k.to(dtype), v.to(dtype), reading, extras).to(q.dtype)
+            return _mechanism(route.mechanism, *route.round(q, k, v), reading, extras).to(q.dtype)
         except ValueError as error:
             # A mechanism may find only now that these lengths or shapes are not for it.
             report.fallback = str(error)
-    if route.mechanism is not None:  # what stands in for it leaves the model as it is
-        dtype = q.dtype
-    geometry = reading.geometry
-    window = None if reading.window is None else (reading.window - 1, 0)
+    geometry, window = reading.geometry, reading.window
+    dense = route if route.mechanism is None else replace(route, dtype=None)  # what stands in for one is as the model
     return attend(
-        q.to(dtype), k.to(dtype), v.to(dtype), causal=geometry.causal, window=window,
+        *dense.round(q, k, v), causal=geometry.causal, window=None if window is None else (window - 1, 0),
         q_segments=geometry.q_segments, kv_segments=geometry.kv_segments, softcap=extras.softcap, sinks=extras.sinks,
         scale=extras.scale,
     ).to(q.dtype)  # fmt: skip
