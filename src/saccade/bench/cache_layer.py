@@ -43,8 +43,8 @@ def llama_layers(count: int, dtype: torch.dtype) -> Iterator[tuple[Any, Any]]:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        plain, other = (LlamaForCausalLM(deepcopy(config)).to(dtype).eval() for _ in range(2))
-    other.load_state_dict(plain.state_dict(), assign=True)
+        plain = LlamaForCausalLM(config).to(dtype).eval()
+    other = deepcopy(plain, {id(x): x for x in (*plain.parameters(), *plain.buffers())})
     with apply(other, Recipe.uniform(other, "dense", {"engine": "saccade"})):
         yield plain, other
 
