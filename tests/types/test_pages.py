@@ -61,6 +61,11 @@ def test_codes_by_hand() -> None:
         ({"k": torch.zeros(4, 8)}, r"k of shape \(4, 8\) and v of shape \(5, 4, 6\): expected \[P, S, D\]"),
         ({"v": torch.zeros(5, 4, 6).half()}, "k and v are torch.float32 and torch.float16: expected one"),
         ({"table": torch.zeros(1, 5).long()}, r"table of shape \(1, 5\) and lengths of shape \(1, 1\)"),
+        (
+            {"key_table": torch.zeros(2, 1, 5).long()},
+            r"key_table of shape \(2, 1, 5\): expected \[B, G, T\] with \(1, 1\)",
+        ),
+        ({"key_table": torch.zeros(1, 1, 5)}, "key_table of dtype torch.float32: expected torch.int64"),
         ({"lengths": torch.zeros(1, 1)}, "lengths of dtype torch.float32: expected torch.int64"),
         ({"k_scale": torch.zeros(5, 4, 1)}, "k_scale: expected with codes and only then, k is torch.float32"),
         ({"v_zero": torch.zeros(5, 4, 1)}, r"v_zero of shape \(5, 4, 1\) and dtype torch.float32: expected fp32"),
@@ -94,3 +99,14 @@ def test_odd_channels_have_no_codes_of_four_bits() -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"k \(1, 1, 20, 8\) and v \(1, 1, 19, 8\): expected \[B, G, N, D\]"):
         KVPages.from_dense(draw(1, 1, 20, 8), draw(1, 1, 19, 8))
+
+
+def test_a_table_of_keys_is_validated_against_their_own_pages() -> None:
+    cache = KVPages.from_dense(draw(1, 1, 20, 8), draw(1, 1, 20, 6), page_size=4)
+    fewer = replace(cache, k=cache.k[:2], key_table=torch.zeros(1, 1, 5).long())
+    fewer.validate()
+    torch.testing.assert_close(fewer.to_dense()[0][0, 0, 4:8], cache.k[0])
+    with pytest.raises(ValueError, match=r"key_table has page 2: expected pages in \[0, 2\)"):
+        replace(fewer, key_table=torch.full((1, 1, 5), 2)).validate()
+    with pytest.raises(ValueError, match=r"lengths in \[20, 20\]: expected \[0, 16\], the key_table's room"):
+        replace(fewer, key_table=torch.zeros(1, 1, 4).long()).validate()

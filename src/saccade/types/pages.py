@@ -73,6 +73,8 @@ def dequantise(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 class KVPages:
     """Keys and values in pages; token j of (b, g) is row j % S of page `table[b, g, j // S]`.
 
+    Keys may lie on pages of their own, P of them unlike those of the values, which heads may share (CHAI).
+
     What lies in a page past a head's length, and in pages that no table names, is never looked at.
 
     Args:
@@ -86,6 +88,7 @@ class KVPages:
         v_scale: fp32 `[P, S, E / group]`, likewise.
         k_zero: Zero points, shaped like the scales, or None for 0.
         v_zero: As `k_zero`.
+        key_table: int64 `[B, G, T']`, the pages of k; None where `table` has them.
 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit.
@@ -99,12 +102,14 @@ class KVPages:
     v_scale: Tensor | None = None
     k_zero: Tensor | None = None
     v_zero: Tensor | None = None
+    key_table: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.k.ndim != 3 or self.v.ndim != 3 or self.k.shape[:2] != self.v.shape[:2] or self.k.shape[1] < 1:
+        alike = slice(0 if self.key_table is None else 1, 2)
+        if self.k.ndim != 3 or self.v.ndim != 3 or self.k.shape[alike] != self.v.shape[alike] or self.k.shape[1] < 1:
             raise ValueError(
                 f"k of shape {tuple(self.k.shape)} and v of shape {tuple(self.v.shape)}: expected [P, S, D] and "
-                "[P, S, E] with the same P and S, S at least 1"
+                "[P, S, E] with the same P and S, S at least 1 (P may differ with a key_table)"
             )
         if self.k.dtype != self.v.dtype or self.k.dtype not in (*_FLOATS, torch.int8, torch.uint8):
             raise ValueError(
@@ -115,29 +120,46 @@ class KVPages:
                 f"table of shape {tuple(self.table.shape)} and lengths of shape {tuple(self.lengths.shape)}: "
                 "expected [B, G, T] and [B, G]"
             )
-        for name in ("table", "lengths"):
-            if getattr(self, name).dtype != torch.int64:
-                raise ValueError(f"{name} of dtype {getattr(self, name).dtype}: expected torch.int64")
+        if self.key_pages.ndim != 3 or self.key_pages.shape[:2] != self.lengths.shape:
+            raise ValueError(
+                f"key_table of shape {tuple(self.key_pages.shape)}: expected [B, G, T] with {tuple(self.lengths.shape)}"
+            )
+        for name, x in (("table", self.table), ("lengths", self.lengths), ("key_table", self.key_pages)):
+            if x.dtype != torch.int64:
+                raise ValueError(f"{name} of dtype {x.dtype}: expected torch.int64")
         self._check_scales()
-        tensors = (self.v, self.table, self.lengths, self.k_scale, self.v_scale, self.k_zero, self.v_zero)
+        tensors = (
+            self.v, self.table, self.lengths, self.k_scale, self.v_scale, self.k_zero, self.v_zero, self.key_table,
+        )  # fmt: skip
         if any(x is not None and x.device != self.k.device for x in tensors):
             raise ValueError(f"k is on {self.k.device}: expected everything there")
 
     def _check_scales(self) -> None:
         """Scales exactly with codes, each group the same number of channels."""
-        for name, dim in (("k", self.dims[0]), ("v", self.dims[1])):
-            scale, zero = getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero")
+        for name, dim, (codes, scale, zero, _) in zip(("k", "v"), self.dims, self.parts(), strict=True):
             if (scale is None) != (self.bits is None):
                 raise ValueError(f"{name}_scale: expected with codes and only then, {name} is {self.k.dtype}")
             for label, x in ((f"{name}_scale", scale), (f"{name}_zero", zero)):
                 if x is None:
                     continue
                 fits = scale is not None and x.shape == scale.shape and x.dtype == torch.float32
-                if not fits or x.shape[:-1] != self.k.shape[:2] or x.shape[2] == 0 or dim % x.shape[2]:
+                if not fits or x.shape[:-1] != codes.shape[:2] or x.shape[2] == 0 or dim % x.shape[2]:
                     raise ValueError(
                         f"{label} of shape {tuple(x.shape)} and dtype {x.dtype}: expected fp32 "
-                        f"[{self.k.shape[0]}, {self.k.shape[1]}, n] with n a divisor of {dim}"
+                        f"[{codes.shape[0]}, {codes.shape[1]}, n] with n a divisor of {dim}"
                     )
+
+    @property
+    def key_pages(self) -> Tensor:
+        """The table of the keys."""
+        return self.table if self.key_table is None else self.key_table
+
+    def parts(self) -> tuple[tuple[Tensor, Tensor | None, Tensor | None, Tensor], ...]:
+        """Pages, scales, zero points and table: of the keys, then of the values."""
+        return (
+            (self.k, self.k_scale, self.k_zero, self.key_pages),
+            (self.v, self.v_scale, self.v_zero, self.table),
+        )
 
     @property
     def bits(self) -> int | None:
@@ -170,19 +192,25 @@ class KVPages:
         Raises:
             ValueError: Naming the first length or page that is not.
         """
-        capacity = self.table.shape[2] * self.page_size
         low, high = map(int, torch.aminmax(self.lengths)) if self.lengths.numel() else (0, 0)
+        self._check_table("table", self.table, self.v.shape[0], low, high)
+        if self.key_table is not None:
+            self._check_table("key_table", self.key_table, self.k.shape[0], low, high)
+
+    def _check_table(self, name: str, table: Tensor, pages: int, low: int, high: int) -> None:
+        """`validate` for one of the tables, into so many pages, with lengths in [low, high]."""
+        capacity = table.shape[2] * self.page_size
         if low < 0 or high > capacity:
-            raise ValueError(f"lengths in [{low}, {high}]: expected [0, {capacity}], the table's room")
-        if self.table.numel() == 0:
+            raise ValueError(f"lengths in [{low}, {high}]: expected [0, {capacity}], the {name}'s room")
+        if table.numel() == 0:
             return
-        first, last = map(int, torch.aminmax(self.table))
-        if first >= 0 and last < self.k.shape[0]:  # most tables are good throughout: one pass over them, not eight
+        first, last = map(int, torch.aminmax(table))
+        if first >= 0 and last < pages:  # most tables are good throughout: one pass over them, not eight
             return
-        used = torch.arange(self.table.shape[2], device=self.table.device) * self.page_size < self.lengths[..., None]
-        wrong = used & ((self.table < 0) | (self.table >= self.k.shape[0]))
+        used = torch.arange(table.shape[2], device=table.device) * self.page_size < self.lengths[..., None]
+        wrong = used & ((table < 0) | (table >= pages))
         if bool(wrong.any()):
-            raise ValueError(f"table has page {int(self.table[wrong][0])}: expected pages in [0, {self.k.shape[0]})")
+            raise ValueError(f"{name} has page {int(table[wrong][0])}: expected pages in [0, {pages})")
 
     @classmethod
     def from_dense(
@@ -240,10 +268,9 @@ class KVPages:
         """`k` `[B, G, N, D]` and `v` `[B, G, N, E]` with N the greatest length, zeros past each head's own."""
         token = torch.arange(self.longest, device=self.k.device)
         present = token < self.lengths[..., None]
-        page = self.table[:, :, token // self.page_size].masked_fill(~present, 0)
         dense = []
-        for x, scale, zero in ((self.k, self.k_scale, self.k_zero), (self.v, self.v_scale, self.v_zero)):
-            at = (page, token % self.page_size)
+        for x, scale, zero, table in self.parts():
+            at = (table[:, :, token // self.page_size].masked_fill(~present, 0), token % self.page_size)
             rows = x[at] if scale is None else dequantise(x[at], scale[at], None if zero is None else zero[at])
             dense.append(rows.to(dtype).masked_fill(~present[..., None], 0.0))
         return dense[0], dense[1]

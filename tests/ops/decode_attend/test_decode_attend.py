@@ -128,6 +128,52 @@ def test_every_cache_agrees_with_the_oracle(kind: str, impl: str) -> None:
                 torch.testing.assert_close(found.lse.double(), expected[1], rtol=0, atol=error)
 
 
+def with_shared_keys(kind: str) -> KVPages:
+    """The second head of each sequence reads the first's keys, which lie on fewer pages of their own."""
+    cache = stored(**CACHES[kind])
+    rows = cache.table[:, :1].masked_fill(cache.table[:, :1] > len(cache.k), 0)
+    pages = rows.flatten().unique().flip(0)
+    place = torch.zeros(len(cache.k), dtype=torch.int64)
+    place[pages] = torch.arange(len(pages))
+    keys = {
+        name: getattr(cache, name)[pages] for name in ("k", "k_scale", "k_zero") if getattr(cache, name) is not None
+    }
+    return replace(cache, **keys, key_table=place[rows].expand(-1, 2, -1))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("listed", [0, 2, 6])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "odd dims", "int8 groups", "int4 in registers"])
+def test_heads_that_share_keys(kind: str, impl: str, listed: int) -> None:
+    plain, cache = stored(**CACHES[kind]), with_shared_keys(kind)
+    q = draw(2, 6, 1, cache.dims[0], seed=4, dtype=torch.float32 if cache.bits else cache.k.dtype)
+    slots = (
+        None if not listed else torch.stack([torch.randperm(70)[:30] for _ in range(2 * listed)]).view(2, listed, 30)
+    )
+    expected = torch.zeros(2, 6, 1, cache.dims[1], dtype=torch.float64)
+    for b in range(2):
+        for h in range(6):
+            length = int(LENGTHS[b, h // 3])
+            seen = range(length) if slots is None else slots[b, h * listed // 6].tolist()
+            seen = [j for j in seen if j < length]
+            if seen:
+                scores = torch.stack([q[b, h, 0].double() @ token(plain, "k", b, 0, j) for j in seen]) * 0.2
+                expected[b, h, 0] = torch.softmax(scores, 0) @ torch.stack(
+                    [token(plain, "v", b, h // 3, j) for j in seen]
+                )
+    for isa in cpu.INSTRUCTION_SETS if impl == "cpu" else [None]:
+        if isa is not None and cpu.use(isa) is None:
+            continue
+        try:
+            found = decode_attend(q, cache, slots=slots, scale=0.2, impl=impl)
+        finally:
+            if isa is not None:
+                cpu.use(None)
+        error = 4e-2 if q.dtype == torch.bfloat16 else 1.2e-4 if cache.bits else 2e-5
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=error)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_full_cache_is_attend(impl: str) -> None:

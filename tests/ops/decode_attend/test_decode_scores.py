@@ -112,3 +112,14 @@ def test_refusals() -> None:
         decode_scores(q, cache, impl="fast")
     with pytest.raises(ValueError, match=r"table has page 999: expected pages in \[0, "):
         decode_scores(q, replace(cache, table=torch.full_like(cache.table, 999)))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "eager", "reference"])
+def test_a_table_of_keys_is_read(impl: str) -> None:
+    if impl == "cpu" and cpu.missing() is not None:
+        pytest.skip(f"no C++ engine: {cpu.missing()}")
+    q, cache = problem(64, 64, 1, torch.float32, None)
+    cache = replace(cache, lengths=torch.full((2, 3), 150), table=torch.arange(18).view(2, 3, 3))
+    shared = cache.table[:, [0, 0, 2]]
+    expected = decode_scores(q, replace(cache, table=shared), impl=impl)
+    torch.testing.assert_close(decode_scores(q, replace(cache, key_table=shared), impl=impl), expected, rtol=0, atol=0)

@@ -78,15 +78,17 @@ class Walk {
            (u.b * p.a.v.batch_stride + g * p.a.v.head_stride) * bytes, bytes);
     } else {
       const int64_t* table = p.table + u.b * p.table_stride[0] + g * p.table_stride[1];
+      const int64_t* keys = p.key_table ? p.key_table + u.b * p.key_table_stride[0] + g * p.key_table_stride[1] : table;
       for (int from = 0, to; from < count; from = to) {  // the keys of one page
-        const int64_t entry = batch.position[from] / p.page_size, first = entry * p.page_size, page = table[entry];
+        const int64_t entry = batch.position[from] / p.page_size, first = entry * p.page_size;
+        const int64_t key_page = keys[entry], page = table[entry];
         to = from + 1;
         if (p.lists)
           while (to < count && batch.position[to] >= first && batch.position[to] < first + p.page_size) ++to;
         else
           to = int(first + p.page_size - batch.position[from] < count - from ? from + first + p.page_size - batch.position[from] : count);
-        find(batch, from, to, first, page * p.a.k.batch_stride * bytes, page * p.a.v.batch_stride * bytes, bytes);
-        if (p.k_scales.scale) find_scales(batch, from, to, first, page);
+        find(batch, from, to, first, key_page * p.a.k.batch_stride * bytes, page * p.a.v.batch_stride * bytes, bytes);
+        if (p.k_scales.scale) find_scales(batch, from, to, first, key_page, page);
       }
     }
     pad(batch);
@@ -112,13 +114,13 @@ class Walk {
     }
   }
 
-  void find_scales(Batch& batch, int from, int to, int64_t first, int64_t page) const {
+  void find_scales(Batch& batch, int from, int to, int64_t first, int64_t key_page, int64_t page) const {
     const Scales &k = p.k_scales, &v = p.v_scales;
     for (int j = from; j < to; ++j) {
       const int64_t row = batch.position[j] - first;
-      batch.key_scale[j] = k.scale + page * k.page_stride + row * k.row_stride;
+      batch.key_scale[j] = k.scale + key_page * k.page_stride + row * k.row_stride;
       batch.value_scale[j] = v.scale + page * v.page_stride + row * v.row_stride;
-      batch.key_zero[j] = k.zero ? k.zero + page * k.page_stride + row * k.row_stride : nullptr;
+      batch.key_zero[j] = k.zero ? k.zero + key_page * k.page_stride + row * k.row_stride : nullptr;
       batch.value_zero[j] = v.zero ? v.zero + page * v.page_stride + row * v.row_stride : nullptr;
     }
   }

@@ -29,7 +29,8 @@ def decode_scores(q: Tensor, k: Tensor, pages: Pages, scale: float) -> Tensor:
     """
     batch, heads, queries, dim = q.shape
     q, k = _packed(q), _packed(k)
-    table, lengths = pages.table.contiguous(), pages.lengths.contiguous()
+    table = (pages.table if pages.key_table is None else pages.key_table).contiguous()
+    lengths = pages.lengths.contiguous()
     out = q.new_empty(batch, heads, queries, pages.longest, dtype=torch.float32)
     problem = Decode(
         Attention(

@@ -33,7 +33,7 @@ class Decode(ctypes.Structure):
         ("a", Attention), ("kv_storage", _int), ("reserved", _int), ("k_scales", Scales), ("v_scales", Scales),
         ("table", _pointer), ("table_stride", _size * 2), ("page_size", _size), ("lengths", _pointer),
         ("lists", _pointer), ("list_stride", _size * 3), ("list_heads", _size), ("list_length", _size),
-        ("list_group", _size),
+        ("list_group", _size), ("key_table", _pointer), ("key_table_stride", _size * 2),
     )  # fmt: skip
 
 
@@ -48,6 +48,7 @@ class Pages:
         dims: D and E.
         bits: Of a code: 8 or 4; None where k and v are floating point.
         scales: fp32 `[P, page_size, groups]`: of k, then of v; then their zero points or None.
+        key_table: int64 `[B, G, T]`, the pages of k; None for those of `table`.
     """
 
     table: Tensor
@@ -56,6 +57,7 @@ class Pages:
     dims: tuple[int, int]
     bits: int | None = None
     scales: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
+    key_table: Tensor | None = None
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -128,6 +130,10 @@ def decoding(
         problem.a.k, problem.a.v = (Rows(x.data_ptr(), x.stride(0), 0, x.stride(1)) for x in (k, v))
         problem.table, problem.table_stride = table.data_ptr(), (_size * 2)(*table.stride()[:2])
         problem.page_size, problem.lengths = k.shape[1], lengths.data_ptr()
+        if pages.key_table is not None:
+            key_table = pages.key_table.contiguous()
+            alive.append(key_table)
+            problem.key_table, problem.key_table_stride = key_table.data_ptr(), (_size * 2)(*key_table.stride()[:2])
         k_scale, v_scale, k_zero, v_zero = pages.scales
         if k_scale is not None and v_scale is not None:
             problem.k_scales = _scales(k_scale, k_zero, dim, alive)

@@ -27,6 +27,9 @@ struct Decode {
   // null: to all. t counts the heads of the lists: `list_heads` is G, or H for lists of each query head's own.
   const int64_t* lists;
   int64_t list_stride[3], list_heads, list_length, list_group;
+  // Pages of the keys, with their scales, where they are not those of the values: heads may share some. Null: `table`.
+  const int64_t* key_table;
+  int64_t key_table_stride[2];
 };
 
 // What a unit of work is: rows `first` .. of the queries that share keys, and the slots (keys or places in the list)

@@ -59,11 +59,13 @@ class CachePolicy(ABC):
     Attributes:
         stats: Names of numbers that the store keeps for each token (`KVStore.stat`).
         needs_lse: Whether `keep` needs `step.lse`, and with it calls whose attention was dense.
+        reads_prompts: Whether a prompt, too, attends through the store, as `attend_stored` reads it.
     """
 
     card: ClassVar[Card]
     stats: ClassVar[tuple[str, ...]] = ()
     needs_lse: ClassVar[bool] = False
+    reads_prompts: ClassVar[bool] = False
 
     def storage(self) -> Storage:
         """*store*: how keys and values lie in memory."""
@@ -152,6 +154,10 @@ def compose(
     store = Everything(store) if isinstance(store, Storage) else store
     for name, policy in (("keep", keep), ("read", read), ("store", store)):
         require(policy is None or isinstance(policy, CachePolicy), name, policy, "a CachePolicy, or None")
+    for name, policy in (("keep", keep), ("read", read)):
+        plain = policy is None or type(policy).store is CachePolicy.store
+        require(plain, name, policy, "a policy that works on any store: one whose stores have a form of their own goes "
+                "alone, as `store`")  # fmt: skip
     if store is not None and type(store).store is not CachePolicy.store:
         alone = keep is None and read is None
         require(alone, "store", store, "no policy that evicts or selects beside one whose stores have a form of their "
@@ -209,7 +215,7 @@ def decode_step(
     store.append(k, v, present)
     chosen = policy.read(q.detach(), store, step)
     _refuse_partial_attention(policy, chosen is not None)
-    if chosen is None and first:
+    if chosen is None and first and not policy.reads_prompts:
         segments = None if present is None else present.to(torch.int32) - 1
         out, step.lse = attend(
             q, k, v, causal=True, q_segments=segments, kv_segments=segments, scale=scale, return_lse=True, impl=impl

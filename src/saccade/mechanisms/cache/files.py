@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saccade.mechanisms.cache._packed import PackedStore
 from saccade.mechanisms.cache.remote import RemoteStore
+from saccade.mechanisms.cache.sharing import SharedKeyStore
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.store import KVStore
 
@@ -36,14 +37,14 @@ def save_stores(path: str | os.PathLike[str], stores: Sequence[KVStore], about: 
 
     Raises:
         OSError: If the file cannot be written; what was there before still is.
-        ValueError: If a store packs groups of tokens.
+        ValueError: If a store packs groups of tokens, shares keys, or is in another process.
     """
     from safetensors.torch import save_file
 
-    if any(isinstance(store, PackedStore | RemoteStore) for store in stores):
+    if any(isinstance(store, PackedStore | RemoteStore | SharedKeyStore) for store in stores):
         raise ValueError(
-            "stores: expected KVStores without packed groups (KIVI, ZipCache) and not in another process (Lamina, "
-            "InstInfer), which have no file format"
+            "stores: expected KVStores without packed groups (KIVI, ZipCache) or shared keys (CHAI) and not in another "
+            "process (Lamina, InstInfer), which have no file format"
         )
     tensors: dict[str, Tensor] = {}
     layers = []

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from saccade.mechanisms.cache._packed import PackedStore, attend_tiers
 from saccade.mechanisms.cache.remote import RemoteStore
+from saccade.mechanisms.cache.sharing import SharedKeyStore
+from saccade.mechanisms.cache.sharing_attention import attend_shared
 from saccade.mechanisms.cache.store import KVStore
 from saccade.mechanisms.cache.tiered import TieredStore, attend_tiered
 from saccade.ops import decode_attend, decode_scores
@@ -48,6 +50,10 @@ def attend_stored(
         if slots is not None or window is not None:
             raise ValueError(f"slots or window={window}: expected neither over {store!r} in an attention worker")
         return store.attend(q, scale=scale, softcap=softcap, impl=impl)
+    if isinstance(store, SharedKeyStore):
+        if slots is None and window is None:
+            return attend_shared(q, store, scale=scale, softcap=softcap, impl=impl)
+        q = store.follow(q)
     dtype, channels, query = q.dtype, store.channels, q
     scale = q.shape[3] ** -0.5 if scale is None else scale
     cache = None

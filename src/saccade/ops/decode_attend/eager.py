@@ -21,10 +21,10 @@ def _stretch(cache: KVPages, token: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     """Keys and values of tokens `[L]`, or of each head's own `[B, G, L]`: `[B, G, L, .]`; bool: which are there."""
     present = (token >= 0) & (token < cache.lengths[..., None])
     token = token.clamp(min=0).expand_as(present)
-    entry = (token // cache.page_size).clamp(max=cache.table.shape[2] - 1)
-    page = cache.table.gather(2, entry).masked_fill(~present, 0)
+    entry = token // cache.page_size
     dense = []
-    for x, scale, zero in ((cache.k, cache.k_scale, cache.k_zero), (cache.v, cache.v_scale, cache.v_zero)):
+    for x, scale, zero, table in cache.parts():
+        page = table.gather(2, entry.clamp(max=table.shape[2] - 1)).masked_fill(~present, 0)
         at = (page, token % cache.page_size)
         rows = x[at] if scale is None else dequantise(x[at], scale[at], None if zero is None else zero[at])
         dense.append(rows.to(dtype).masked_fill(~present[..., None], 0.0))
@@ -39,8 +39,8 @@ def forward(
     batch, heads, queries, dim = q.shape
     if slots is not None and slots.shape[1] != cache.table.shape[1]:  # a list per query head: each a head of its own
         share = slots.shape[1] // cache.table.shape[1]
-        table, lengths = (x.repeat_interleave(share, 1) for x in (cache.table, cache.lengths))
-        cache = replace(cache, table=table, lengths=lengths)
+        table, keys, lengths = (x.repeat_interleave(share, 1) for x in (cache.table, cache.key_pages, cache.lengths))
+        cache = replace(cache, table=table, lengths=lengths, key_table=keys)
     kv_heads, dtype = cache.table.shape[1], accumulation_dtype(q.dtype)
     rows = heads // kv_heads * queries
     tiles = q.reshape(batch * kv_heads, rows, dim).to(dtype)

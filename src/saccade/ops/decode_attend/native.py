@@ -29,7 +29,7 @@ def engine_pages(cache: KVPages) -> cpu.Pages:
     """The cache as the engine takes it; nothing is copied."""
     return cpu.Pages(
         cache.table, cache.lengths, cache.longest, cache.dims, cache.bits,
-        (cache.k_scale, cache.v_scale, cache.k_zero, cache.v_zero),
+        (cache.k_scale, cache.v_scale, cache.k_zero, cache.v_zero), cache.key_table,
     )  # fmt: skip
 
 

@@ -21,9 +21,9 @@ NO_BACKWARD = "decode_attend has no backward: use attend, on the keys and values
 def _decode_attend(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
     k_zero: Tensor | None, v_zero: Tensor | None, left: int, right: int, softcap: float | None, scale: float,
-    workspace: int, impl: str, slots: Tensor | None = None,
+    workspace: int, impl: str, slots: Tensor | None = None, key_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    cache = KVPages(k, v, table, lengths, k_scale, v_scale, k_zero, v_zero)
+    cache = KVPages(k, v, table, lengths, k_scale, v_scale, k_zero, v_zero, key_table)
     cache.validate()
     with no_autocast(q.device):
         out, lse = FORWARDS[impl](q, cache, left, right, softcap, scale, workspace, slots)
@@ -45,7 +45,7 @@ decode_attend_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lengths, Tensor? k_scale, Tensor? v_scale, "
     "Tensor? k_zero, Tensor? v_zero, int left, int right, float? softcap, float scale, int workspace, str impl, "
-    "Tensor? slots=None) "
+    "Tensor? slots=None, Tensor? key_table=None) "
     "-> (Tensor, Tensor)",
 )
 decode_attend_op.register_fake(_fake)
@@ -59,7 +59,7 @@ def run(
     """The operator on a `KVPages`."""
     call = (
         q, cache.k, cache.v, cache.table, cache.lengths, cache.k_scale, cache.v_scale, cache.k_zero, cache.v_zero,
-        left, right, softcap, scale, workspace, impl, slots,
+        left, right, softcap, scale, workspace, impl, slots, cache.key_table,
     )  # fmt: skip
     return (_decode_attend if is_plain(*call) else torch.ops.saccade.decode_attend)(*call)
 
