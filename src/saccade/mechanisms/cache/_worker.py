@@ -29,7 +29,7 @@ class Server:
 
     def __init__(self) -> None:
         self._stores: dict[int, KVStore] = {}
-        self._begun: dict[int, tuple[Tensor, AttentionOutput]] = {}
+        self._begun: dict[int, tuple[Tensor, AttentionOutput, dict[str, Any]]] = {}
 
     def handle(self, message: dict[str, Any], tensors: list[Tensor]) -> list[Tensor] | None:
         """What to answer with: tensors; or None for no answer."""
@@ -56,16 +56,16 @@ class Server:
     def _begin(self, q: Tensor, *, store: int, **options: Any) -> None:
         """Attention of the next token's query over the tokens before it, while its key and value are being made."""
         q = q.clone()
-        self._begun[store] = q, attend_stored(q, self._stores[store], **options)
+        self._begun[store] = q, attend_stored(q, self._stores[store], **options), options
 
-    def _finish(self, k: Tensor, v: Tensor, *, store: int, scale: float, softcap: float | None) -> list[Tensor]:
+    def _finish(self, k: Tensor, v: Tensor, *, store: int) -> list[Tensor]:
         """Take the token in and give its query's attention over all: two parts, merged by their log-sum-exp."""
-        q, past = self._begun.pop(store)
+        q, past, options = self._begun.pop(store)
         self._append(k, v, store=store)
         kept = self._stores[store]
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in kept.gather(kept.lengths[..., None] - 1))
         wide = torch.promote_types(q.dtype, torch.float32)
-        own = (q.to(wide) * k.to(wide)).sum(-1) * scale
+        own, softcap = (q.to(wide) * k.to(wide)).sum(-1) * options["scale"], options["softcap"]
         own = own if softcap is None else softcap * torch.tanh(own / softcap)
         return list(merge([past, AttentionOutput(v.to(q.dtype), own)]))  # type: ignore[arg-type]
 

@@ -17,6 +17,7 @@ from saccade.mechanisms.cache.checks import check_tokens
 from saccade.mechanisms.cache.offload import AttentionWorker, running_worker
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.store import KVStore
+from saccade.ops.checks import resolve_scale
 from saccade.types import AttentionOutput
 
 PIECE = 2**22
@@ -98,10 +99,8 @@ class RemoteStore(KVStore):
             softcap: As in `attend`.
             impl: As in `attend`.
         """
-        worker = self._flushed()
-        options = {"scale": q.shape[3] ** -0.5 if scale is None else scale, "softcap": softcap}
-        worker.tell({"do": "begin", "store": self._name, "impl": impl} | options, q)
-        self._begun = True
+        self._flushed()
+        self._send_query(q, _rules(q, scale, softcap, impl))
 
     def append(self, k: Tensor, v: Tensor, present: Tensor | None = None) -> None:
         """As `KVStore.append`; one token waits here for `attend`."""
@@ -134,17 +133,15 @@ class RemoteStore(KVStore):
         Raises:
             WorkerError: If the worker has ended or failed.
         """
-        options = {"scale": q.shape[3] ** -0.5 if scale is None else scale, "softcap": softcap}
-        if self._waiting is not None and (self._begun or q.shape[2] == 1):
-            if not self._begun:
-                waiting, self._waiting = self._waiting, None
-                self.begin(q, impl=impl, **options)
-                self._waiting = waiting
-            waiting, self._waiting, self._begun = self._waiting, None, False
-            out, lse = self._ask({"do": "finish"} | options, *waiting)
-        else:
+        rules = _rules(q, scale, softcap, impl)
+        if self._waiting is None or (q.shape[2] > 1 and not self._begun):
             self._flushed()
-            out, lse = self._ask({"do": "attend", "impl": impl} | options, q)
+            out, lse = self._ask({"do": "attend"} | rules, q)
+        else:
+            if not self._begun:
+                self._send_query(q, rules)
+            token, self._waiting, self._begun = self._waiting, None, False
+            out, lse = self._ask({"do": "finish"}, *token)
         return AttentionOutput(out.to(q.device, copy=True), lse.to(q.device, copy=True))
 
     def crop(self, count: int) -> None:
@@ -188,6 +185,11 @@ class RemoteStore(KVStore):
         self._lengths = torch.zeros(*k.shape[:2], dtype=torch.int64, device=k.device)
         self.dtype, self.dims = k.dtype, (k.shape[3], v.shape[3])
 
+    def _send_query(self, q: Tensor, rules: dict[str, Any]) -> None:
+        """Have the worker attend over what it has; the answer comes with the token that waits or will wait here."""
+        self.worker.tell({"do": "begin", "store": self._name} | rules, q)  # type: ignore[union-attr]
+        self._begun = True
+
     def _flushed(self) -> AttentionWorker:
         """The worker, which has everything."""
         if self._waiting is not None:
@@ -210,6 +212,11 @@ class RemoteStore(KVStore):
         self.remote_nbytes = answer.get("nbytes", self.remote_nbytes)
         self._slot_nbytes = answer.get("slot_nbytes", self._slot_nbytes)
         return results
+
+
+def _rules(q: Tensor, scale: float | None, softcap: float | None, impl: str) -> dict[str, Any]:
+    """Options of `attend_stored` as a message has them."""
+    return {"scale": resolve_scale(scale, q.shape[3]), "softcap": softcap, "impl": impl}
 
 
 __all__ = ["RemoteStore"]

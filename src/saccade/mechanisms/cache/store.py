@@ -218,7 +218,7 @@ class KVStore:
         return self.select(torch.arange(len(self.seen)))
 
     def pages(self) -> KVPages:
-        """What `decode_attend` reads, in place: good until the store changes.
+        """What `decode_attend` reads, in place: good until the store changes or is gone, which frees them.
 
         Returns:
             Keys and values as stored: with `channels`, those divided by them.
