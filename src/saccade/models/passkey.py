@@ -133,15 +133,34 @@ def passkey_likelihoods(
     """
     results = []
     for prompt in prompts:
-        answer = torch.tensor([tokenizer(" " + prompt.answer, add_special_tokens=False).input_ids])
-        ids = torch.cat([prompt.ids, answer], 1).to(model.device)[0]
+        ids, wanted = with_answer(model, tokenizer, prompt)
         hidden = last_hidden_states(model, ids)
-        wanted = ids[-answer.shape[1] :]
-        table = log_probs(model, hidden[-answer.shape[1] - 1 : -1])
-        chosen = float(table.gather(-1, wanted[:, None]).sum())
+        log_prob, found = answer_likelihood(model, hidden[:-1], wanted)
         nll = -float(token_log_probs(model, hidden, ids).double().mean()) if score_text else None
-        results.append(PasskeyLikelihood(chosen, bool(table.argmax(-1).eq(wanted).all()), nll))
+        results.append(PasskeyLikelihood(log_prob, found, nll))
     return results
+
+
+def with_answer(model: Any, tokenizer: Any, prompt: Passkey) -> tuple[Tensor, Tensor]:
+    """A prompt followed by its answer, int64 `[N]` where the model is, and the answer alone, the end of that."""
+    answer = tokenizer(" " + prompt.answer, add_special_tokens=False).input_ids
+    ids = torch.cat([prompt.ids[0], torch.tensor(answer)]).to(model.device)
+    return ids, ids[-len(answer) :]
+
+
+def answer_likelihood(model: Any, hidden: Tensor, answer: Tensor) -> tuple[float, bool]:
+    """Log-probability of an answer `[n]` in nats, and whether greedy decoding would give it.
+
+    Args:
+        model: A transformers causal language model.
+        hidden: `[at least n, C]`, states before the output layer; the last n predict the answer.
+        answer: int64.
+
+    Returns:
+        Both.
+    """
+    table = log_probs(model, hidden[-len(answer) :])
+    return float(table.gather(-1, answer[:, None]).sum()), bool(table.argmax(-1).eq(answer).all())
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.models.passkey import Passkey, PasskeyLikelihood
-from saccade.models.tasks import log_probs, token_log_probs
+from saccade.models.passkey import Passkey, PasskeyLikelihood, answer_likelihood, with_answer
+from saccade.models.tasks import token_log_probs
 from saccade.tune.cache_score import tail_length
 
 PIECE = 16
@@ -82,15 +82,11 @@ def tail_answers(
 
     results = []
     for prompt in prompts:
-        answer = torch.tensor([tokenizer(" " + prompt.answer, add_special_tokens=False).input_ids])
-        ids = torch.cat([prompt.ids, answer], 1).to(model.device)[0]
+        ids, answer = with_answer(model, tokenizer, prompt)
         tail = tail_length(ids.shape[0])
         hidden, cache = read_tail(model, ids, tail, make_cache())
-        count = answer.shape[1]
-        table, wanted = log_probs(model, hidden[-count:]), ids[-count:]
-        chosen = float(table.gather(-1, wanted[:, None]).sum())
-        nll = tail_nll(model, hidden, ids[-tail:])
-        results.append(TailAnswer(chosen, bool(table.argmax(-1).eq(wanted).all()), nll, cache_bytes(cache)))
+        log_prob, found = answer_likelihood(model, hidden, answer)
+        results.append(TailAnswer(log_prob, found, tail_nll(model, hidden, ids[-tail:]), cache_bytes(cache)))
     return results
 
 
