@@ -113,6 +113,22 @@ def test_a_policy_per_layer_evicts_after_the_prompt_and_while_decoding(tiny: Bui
     assert cache.layers[1].store.seen.tolist() == [45, 45]
 
 
+@torch.no_grad()
+def test_what_is_kept_keeps_its_place(tiny: Build, ids: Tensor) -> None:
+    model, token = tiny(), ids[:, :1]
+    whole = DynamicCache()
+    model(ids, past_key_values=whole)
+    hidden = torch.ones(41, dtype=torch.bool)
+    hidden[[0, 1, *range(35, 41)]] = False  # the token to come is one of the six
+    mask = torch.zeros(len(ids), 1, 1, 41, dtype=model.dtype).masked_fill(hidden, -torch.inf)
+    expected = model(token, past_key_values=whole, attention_mask=mask).logits
+    with apply(model, Recipe.uniform(model, "dense")):
+        cache = PagedCache(model, SinkRecent(sinks=2, recent=6))
+        model(ids, past_key_values=cache)
+        found = model(token, past_key_values=cache).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["Llama", "Mistral"])
 def test_chunks_and_a_second_turn_equal_one_prompt(tiny: Build, ids: Tensor, family: str) -> None:
     model = tiny(family, **({"sliding_window": 16} if family == "Mistral" else {}))
