@@ -168,6 +168,20 @@ def test_the_next_layers_pages_are_fetched_meanwhile(tmp_path: Path) -> None:
     assert bool((second.pool.frame[expected[: second.pool.limit // 2]] >= 0).all())
 
 
+def test_reading_everything_fetches_only_what_has_no_frame(tmp_path: Path) -> None:
+    layer = CachedAttention(POLICIES["everything"], tier=Disk(tmp_path, resident=0.5))
+    inputs = tokens(1024)
+    layer(*(x[:, :, :1000] for x in inputs))
+    away = []
+    for i in range(1000, 1006):
+        pool, before = layer.kept.pool, layer.kept.pool.fetched
+        layer(*(x[:, :, i : i + 1] for x in inputs))
+        pool.settle()
+        away.append((pool.fetched - before) / (layer.kept.away_nbytes + pool.frames.nbytes))
+    assert max(away[1:]) < 0.6
+    assert min(away[1:]) > 0.3
+
+
 def test_a_full_disk_is_told_once_and_loses_nothing(tmp_path: Path) -> None:
     plain, tiered = (
         CachedAttention(POLICIES["h2o"]),

@@ -28,6 +28,8 @@ class TieredStore(KVStore):
 
     Attributes:
         following: The store that is read after this one, which is fetched ahead meanwhile; None for none.
+        backwards: Whether the next step that reads everything begins with the last stretch: it turns round each time,
+            as what was read last is in frames.
     """
 
     table: TieredTable
@@ -36,6 +38,7 @@ class TieredStore(KVStore):
         super().__init__(storage, stats)
         self.tier = tier
         self.following: ReferenceType[TieredStore] | None = None
+        self.backwards = False
         self._expected: Tensor | None = None
 
     @property
@@ -137,20 +140,23 @@ def attend_tiered(q: Tensor, store: TieredStore, slots: Tensor | None, **options
     count = -(-len(store) // size)
     step = max(1, pool.limit // 2 // store.lengths.numel())
     stretches = [slice(first, min(first + step, count)) for first in range(0, count, step)]
+    if store.backwards:
+        stretches.reverse()
     results, coming = [], store.used(stretches[0])
     for entries, following in zip(stretches, [*stretches[1:], None], strict=True):
         pages = coming
         held = (store.lengths - entries.start * size).clamp(0, (entries.stop - entries.start) * size)
         cache = store.view(pages, entries, held)
         if following is None:
-            store.ahead(store.used(stretches[0]))
+            store.ahead(pages)
         else:
             coming = store.used(following)
             if len(pages) + len(coming) <= pool.limit:
                 pool.prefetch(coming)
         results.append(_decode(q, cache, **options))
     pool.trim()
-    return merge(results)
+    store.backwards = not store.backwards
+    return merge(results[:: 1 if store.backwards else -1])  # in one order, so that rounding is the same
 
 
 def _decode(q: Tensor, cache: KVPages, **options: Any) -> AttentionOutput:
