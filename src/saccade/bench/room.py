@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -103,6 +104,7 @@ def compare_room(
     *,
     rounds: int = 3,
     problem: str = "given tensors",
+    only: str | None = None,
     progress: Callable[[str], object] = str,
 ) -> RoomComparison:
     """Run every selector of a room, with each setting of its ladder, on the same problems.
@@ -112,13 +114,15 @@ def compare_room(
         problems: Queries, keys and values with one geometry, such as those of several layers of a model.
         rounds: Counted rounds on each problem; the median is taken.
         problem: What the inputs are, for the heading.
-        progress: Told what has been done, in words.
+        only: Rows whose `name(setting=value, ...)` this regular expression is found in; None for all.
+        progress: Told each row as it is measured, in words.
 
     Returns:
         A row per mechanism and setting, averaged over the problems.
 
     Raises:
-        ValueError: If `rounds` is less than 1, there are no problems, or nothing in the room can run on them.
+        ValueError: If `rounds` is less than 1, there are no problems, or nothing in the room that is asked for can run
+            on them.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: expected at least 1")
@@ -127,7 +131,7 @@ def compare_room(
         raise ValueError("problems: expected at least one")
     if room not in ROOMS:
         raise ValueError(f"room={room!r}: expected one of {', '.join(ROOMS)}")
-    built, left_out = _build(room, given[0])
+    built, left_out = _build(room, given[0], only)
     found: dict[tuple[str, str], list[RoomRow]] = {}
     dense_seconds = []
     with torch.no_grad():
@@ -144,16 +148,18 @@ def compare_room(
                     left_out[name] = str(error)
                     continue
                 found.setdefault((name, settings), []).append(replace(row, mechanism=name, settings=settings))
-                progress(f"problem {place + 1} of {len(given)}: {name}({settings})")
+                said = f"{row.density:.1%}, error {row.error:.3f}, random blocks {row.random_error:.3f}"
+                progress(f"problem {place + 1} of {len(given)}: {name}({settings}): {said}")
     means = [_mean(rows) for (name, _), rows in found.items() if name not in left_out]
     if not means:
-        raise ValueError(f"room={room!r}: expected one with a mechanism that can run here, got {left_out}")
+        asked = "" if only is None else f", only={only!r}"
+        raise ValueError(f"room={room!r}{asked}: expected one with a mechanism that can run here, got {left_out}")
     rows = tuple(sorted(means, key=lambda row: (row.mechanism, row.density)))
     return RoomComparison(problem, describe_machine(), statistics.fmean(dense_seconds), rows, left_out)
 
 
-def _build(room: str, problem: Problem) -> tuple[dict[tuple[str, str], Any], dict[str, str]]:
-    """(name, settings) -> mechanism for everything in the room for such problems, and why the others are not."""
+def _build(room: str, problem: Problem, only: str | None) -> tuple[dict[tuple[str, str], Any], dict[str, str]]:
+    """(name, settings) -> mechanism for what is asked of the room for such problems, and why the others are not."""
     built: dict[tuple[str, str], Any] = {}
     left_out: dict[str, str] = {}
     for card in (card for card in cards() if card.room == room):
@@ -162,7 +168,9 @@ def _build(room: str, problem: Problem) -> tuple[dict[tuple[str, str], Any], dic
             left_out[card.name] = reason
             continue
         for settings in card.ladder(problem.q.shape[2]):  # type: ignore[misc]
-            built[card.name, ", ".join(f"{key}={value}" for key, value in settings.items())] = card.build(**settings)
+            words = ", ".join(f"{key}={value}" for key, value in settings.items())
+            if only is None or re.search(only, f"{card.name}({words})"):
+                built[card.name, words] = card.build(**settings)
     return built, left_out
 
 

@@ -27,6 +27,9 @@ def add_commands(app: typer.Typer) -> None:
 def compare_command(
     mechanisms: Annotated[list[str] | None, typer.Argument(help="NAME, or NAME:setting=value,setting=value.")] = None,
     room: Annotated[str | None, typer.Option(help="Every selector of this room.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="With --room: rows whose name(settings) this regular expression is found in.")
+    ] = None,
     shape: Annotated[str, typer.Option(help="batch,heads,kv-heads,tokens,dim")] = "1,8,8,4096,64",
     model: Annotated[str | None, typer.Option(help="Use a model's recorded q, k, v instead of a shape.")] = None,
     context: Annotated[int, typer.Option(help="Tokens recorded from the model.")] = 4096,
@@ -45,8 +48,8 @@ def compare_command(
 
     if bool(mechanisms) == (room is not None):
         raise ValueError(f"mechanisms={mechanisms}, room={room!r}: expected names of mechanisms, or --room")
-    if (plot is not None and room is not None) or (markdown is not None and room is None):
-        raise ValueError("expected --plot with names of mechanisms, --markdown with --room")
+    if (plot is not None and room is not None) or (room is None and (markdown, only) != (None, None)):
+        raise ValueError("expected --plot with names of mechanisms, --markdown and --only with --room")
     for text in mechanisms or ():
         parse_mechanism(text)
     problems, words = make_problems(
@@ -54,7 +57,8 @@ def compare_command(
         layers=5 if room is not None else 1,
     )  # fmt: skip
     if room is not None:
-        show_room(compare_room(room, problems, rounds=rounds, problem=words, progress=_said), markdown, as_json=as_json)
+        found = compare_room(room, problems, rounds=rounds, problem=words, only=only, progress=_said)
+        show_room(found, markdown, as_json=as_json)
         return
     one = problems[0]
     result = compare(

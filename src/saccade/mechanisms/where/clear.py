@@ -38,8 +38,8 @@ from saccade.types import BlockLayout, Geometry, Kind, Pattern, TokenIndex
     ),
     example={"radius": 4.0, "block": 8},
     exact=lambda n: {"radius": float(max(n, 1))},
-    ladder=lambda n: tuple(
-        {"radius": max(n / part, 1.0), "block": min(64, max(n // 16, 1))} for part in (64, 32, 16, 8)
+    ladder=lambda n: tuple(  # of a square image 1, 5, 20 and 78 %
+        {"radius": max(n**0.5 / part, 1.0), "block": min(64, max(n // 16, 1))} for part in (16, 8, 4, 2)
     ),
 )
 @dataclass(frozen=True)

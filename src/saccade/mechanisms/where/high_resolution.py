@@ -40,7 +40,7 @@ class HighResolutionAttention(Layer):
     A token's map m over the coarse image is min-max normalised; places with m > threshold are marked, any of them marks
     its region (one of `regions` x `regions`), and marked regions choose the fine tokens that lie nearest. These have
     key and value projections of their own, and share one softmax with the keys of text and coarse image. The map for
-    the next layer is this softmax over the coarse image, summed over heads (`with_map`).
+    the next layer is the softmax without fine keys, over the coarse image, summed over heads (`with_map`).
 
     Args:
         dim: Channels C, in and out.
@@ -98,10 +98,10 @@ class HighResolutionAttention(Layer):
         index = TokenIndex(self._lists(self.chosen(attention_map)), texts, fine.shape[1])
         found = gather_attend(asking, fine_k, fine_v, index, return_lse=True)
         early = tokens.shape[1] - texts
-        joined, norm = merge([(out[:, :, early:], lse[:, :, early:]), found])
+        joined, _ = merge([(out[:, :, early:], lse[:, :, early:]), found])
         coarse = k[:, :, self.before : self.before + cells]
         scores = asking @ coarse.mT * (self.dim // self.heads) ** -0.5
-        following = (scores - cast("Tensor", norm)[..., None]).exp().sum(1)
+        following = (scores - lse[:, :, early:, None]).exp().sum(1)
         out = torch.cat([out[:, :, :early], joined], 2)
         return self.projection(out.transpose(1, 2).flatten(2)), following.to(tokens.dtype)
 
