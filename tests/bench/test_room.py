@@ -9,9 +9,9 @@ import torch
 
 from saccade.bench import Problem, compare_room, random_problem
 from saccade.bench.compare import relative_error
+from saccade.bench.recall import CASES
 from saccade.bench.room import COLUMNS, Oracle, random_blocks
-from saccade.bench.training import CASES
-from saccade.catalog import cards
+from saccade.catalog import cards, get
 from saccade.ops import block_attend, recording
 from saccade.ops.dispatch import density_of
 from saccade.types import Geometry, Kind, Pattern
@@ -53,6 +53,18 @@ def test_the_table_has_a_line_per_row(compared):
     assert len(lines) == 2 + len(compared[0].rows)
     assert all(line.count(" | ") == len(COLUMNS) - 1 for line in lines)
     assert len(compared[0].to_json()["rows"]) == len(compared[0].rows)
+
+
+def test_only_the_rows_asked_for(problem):
+    notes = []
+    settings = get("sink_window").ladder(256)
+    asked = rf"^sink_window\(window={settings[1]['window']},"
+    result = compare_room("where", [problem], rounds=1, only=asked, progress=notes.append)
+    (row,) = result.rows
+    assert (row.mechanism, row.settings.split(",")[0]) == ("sink_window", f"window={settings[1]['window']}")
+    assert notes[0].endswith(f"{row.density:.1%}, error {row.error:.3f}, random blocks {row.random_error:.3f}")
+    with pytest.raises(ValueError, match="room='where', only='none of them': expected one with a mechanism"):
+        compare_room("where", [problem], only="none of them")
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -1,55 +1,80 @@
-"""Trainable selectors train: on recall each beats the same model with as many random blocks, by the margin said."""
+"""Every trainable mechanism has a task, or a reason not to."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from saccade.bench.training import CASES, LABELS, bench_training, recall, sequences
+from saccade.bench.digits import LEARNERS
+from saccade.bench.recall import CASES, Outcome
+from saccade.bench.training import COLUMNS, Training, bench_training
+from saccade.catalog import cards
+from saccade.types import Geometry, Kind, Pattern
 
-MARGIN = 0.25
-"""After 80 steps; NSA, whose compressed branch reads all blocks anyway, has half of it to gain."""
+TRAINED = [card for card in cards() if card.room == "where" and (not card.training_free or card.name in CASES)]
 
-QUICK = ("biformer", "llsa", "moba")
+TRIES = 4
+"""Changes of a place that are tried, of which one has to be felt elsewhere."""
 
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in sorted(CASES)]
-)
-def test_its_choice_beats_random_blocks(name):
-    outcome = recall(name, steps=80, batch=16)
-    assert outcome.margin > (MARGIN / 2 if name == "nsa" else MARGIN), outcome
-    assert outcome.drawn > 1 / LABELS - 0.05  # the random blocks were not worse than a guess
-    assert outcome.density is None or outcome.density <= 0.25
-
-
-def test_the_same_run_twice():
-    assert recall("llsa", steps=2, pairs=8, batch=4) == recall("llsa", steps=2, pairs=8, batch=4)
-
-
-def test_askers_of_a_block_ask_for_names_of_one_block():
-    names = torch.randn(8, 24)
-    x, labels = sequences(names, 5, 4, torch.Generator().manual_seed(0))
-    for item, wanted in zip(x, labels, strict=True):
-        told, asked = item[:8], item[8:]
-        place = [int((told[:, :24] == row[:24]).all(1).nonzero()) for row in asked]
-        assert sorted(place) == list(range(8))
-        assert [len({p // 4 for p in place[start : start + 4]}) for start in (0, 4)] == [1, 1]
-        assert told[place, 24:-1].argmax(1).tolist() == wanted.tolist()
-        assert asked[:, 24:-1].any() == told[:, -1].any() == torch.tensor(0.0).bool()
+NO_TASK = {
+    "polyphase": "where its grid begins is no choice of what to read: it makes circular shifts shift the output",
+    "vsa": "windows move and grow by gradients through interpolation; all of a window is read",
+}
+"""Why what reads other places for other inputs is not trained against a random choice."""
 
 
 def test_only_some_of_them():
     seen = []
-    outcomes = bench_training(steps=1, only="moba$", progress=seen.append)
-    assert [outcome.name for outcome in outcomes] == ["moba", "vmoba"]
-    assert seen == outcomes
-    row = outcomes[0].rows()[0]
-    assert row[0] == "moba"
-    assert row[3].endswith("%")
-    assert outcomes[0].to_json()["margin"] == outcomes[0].margin
+    results = bench_training(steps=1, only="moba$", seeds=2, progress=seen.append)
+    assert [(result.name, result.task) for result in results] == [("moba", "recall"), ("vmoba", "recall")]
+    assert seen == results
+    assert all(len(result.outcomes) == 2 for result in results)
+    assert results[0].outcomes[0] != results[0].outcomes[1]
 
 
-def test_refuses_what_it_has_no_settings_for():
-    with pytest.raises(ValueError, match="name='swin': expected one of"):
-        recall("swin")
+def test_a_row_of_the_table():
+    result = Training("moba", "recall", (Outcome("moba", 0.9, 0.3, 0.2), Outcome("moba", 0.7, 0.4, 0.1)), 12.3)
+    assert result.margin == pytest.approx(0.45)
+    assert result.to_json()["margin"] == result.margin
+    (row,) = result.rows()
+    assert row == ("moba", "recall", "80.0%", "35.0%", "+45.0%", "+30.0%", "15%", "12")
+    assert len(row) == len(COLUMNS)
+    blank = Training("nsa", "recall", (Outcome("nsa", 0.9, 0.3, None),), 1.0).rows()[0]
+    assert blank[COLUMNS.index("read")] == ""
+
+
+def test_tasks_do_not_overlap():
+    assert not set(CASES) & set(LEARNERS)
+
+
+def reads(card, seed):
+    """Which places of the first input reach which of the output, bool; of a selector or mixer, those of v."""
+    generator = torch.Generator().manual_seed(seed)
+    mechanism = card.build()
+    if card.kind is Kind.LAYER:
+        first, *rest = card.target.sample_inputs(1, generator, torch.float64, "cpu")
+        mechanism = mechanism.double().eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for parameter in mechanism.parameters():
+                torch.nn.init.normal_(parameter, std=0.2)
+        axis = 2 if first.ndim == 3 else 1  # of channels: of tokens [B, N, C], of maps [B, C, height, width]
+        places = first.movedim(axis, -1).flatten(1, -2)
+        change = torch.randn(TRIES, 1, 1, places.shape[2], generator=generator) * 3  # more than one, for rectifiers
+        each = torch.cat([places, (places + change * torch.eye(places.shape[1])[:, :, None]).flatten(0, 1)])
+        given = each.unflatten(1, first.movedim(axis, -1).shape[1:-1]).movedim(-1, axis)
+        out = mechanism(given, *(x.expand(len(given), *x.shape[1:]) for x in rest))
+        moved = (out[1:] - out[:1]).abs().sum(axis).flatten(1) > 1e-12
+        return moved.view(TRIES, -1, moved.shape[1]).any(0)
+    q, k = torch.randn(2, 1, 2, 36, 8, generator=generator)
+    causal = Pattern.NONCAUSAL_SELF not in card.patterns
+    geometry = Geometry(causal=causal, grid=None if causal else (6, 6))
+    return mechanism(q, k, torch.eye(36).expand(1, 2, -1, -1), geometry=geometry) > 0
+
+
+def test_whatever_chooses_by_content_is_trained():
+    """What is made to be trained has a task, reads the same places whatever it is given, or has a reason."""
+    others = [card for card in TRAINED if card.name not in {**CASES, **LEARNERS}]
+    assert len(others) > 20
+    choosing = {card.name for card in others if not torch.equal(reads(card, 0), reads(card, 1))}
+    assert choosing == set(NO_TASK)

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from typer.testing import CliRunner
 
-from saccade.bench import training
+from saccade.bench.recall import recall
 from saccade.cli.app import app
 from saccade.plug import LayerCache, PolicyChoice, Recipe
 
@@ -117,6 +117,17 @@ def test_compare_on_a_models_own_tensors(saved):
     assert "layer 1 of" in result.output
 
 
+def test_compare_takes_rows_of_a_room():
+    arguments = ["compare", "--shape", "1,2,2,128,16", "--noncausal", "--rounds", "1", "--only", "^clear"]
+    result = runner.invoke(app, [*arguments, "--room", "where", "--grid", "8,16", "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["mechanism"] for row in rows] == ["clear"] * 4
+    assert rows[0]["density"] < 0.1 < rows[2]["density"] < 0.5
+    with pytest.raises(ValueError, match="--markdown and --only with --room"):
+        runner.invoke(app, [*arguments, "sink_window"], catch_exceptions=False)
+
+
 def test_the_machine_is_shown():
     result = runner.invoke(app, ["bench", "machine", "--json"])
     assert result.exit_code == 0, result.output
@@ -124,10 +135,9 @@ def test_the_machine_is_shown():
 
 
 def test_what_learning_to_choose_is_worth(monkeypatch):
-    monkeypatch.setattr("saccade.bench.training.CASES", {"moba": training.CASES["moba"]})
-    monkeypatch.setattr("saccade.bench.training.HELD_OUT", 4)
-    monkeypatch.setattr("saccade.bench.training.recall", partial(training.recall, pairs=8, batch=2))
-    result = runner.invoke(app, ["bench", "training", "--quick", "--json"])
+    monkeypatch.setattr("saccade.bench.recall.HELD_OUT", 4)
+    monkeypatch.setattr("saccade.bench.training.recall", partial(recall, pairs=8, batch=2))
+    result = runner.invoke(app, ["bench", "training", "--quick", "--only", "^moba", "--json"])
     assert result.exit_code == 0, result.output
     (case,) = json.loads(result.output)["cases"]
     assert case["name"] == "moba"

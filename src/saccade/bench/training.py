@@ -1,68 +1,45 @@
-"""Do trainable selectors train? A recall task, with the mechanism's own choice and with as many random blocks."""
+"""Do trainable mechanisms train? Each on a small real task, with its own choice and with as much that is random."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import statistics
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from saccade.bench.digits import LEARNERS, learn_digits
+from saccade.bench.recall import CASES, Outcome, recall
 
-from saccade.catalog import get
-from saccade.ops import block_attend
-from saccade.types import BlockLayout, Geometry, Pattern
-
-NAME, LABELS, WIDTH, HELD_OUT = 24, 4, 32, 64
-"""Channels of a name, labels, channels of the model, sequences it is judged on."""
-
-COLUMNS = ("mechanism", "its choice", "random blocks", "margin", "keys read")
+COLUMNS = ("mechanism", "task", "its choice", "random", "margin", "least margin", "read", "seconds")
 
 
 @dataclass(frozen=True)
-class Case:
-    """A mechanism on the task: its settings, and the tokens of the blocks it chooses from."""
-
-    settings: Mapping[str, Any]
-    block: int = 4
-
-
-CASES: dict[str, Case] = {
-    "asa": Case({"shares": (0.25, 0.25, 0.25, 0.25), "samples": 8, "block": 8}, block=8),
-    "biformer": Case({"windows": 16, "topk": 2, "block": 4}),
-    "infllm_v2": Case({
-        "block": 4, "kernel": 4, "stride": 4, "topk": 3, "init_blocks": 0, "local_blocks": 0, "dense_below": 0,
-        "tile": 4,
-    }),
-    "llsa": Case({"block": 4, "topk": 3, "levels": 2, "enrich": False}),
-    "moba": Case({"chunk": 4, "topk": 3, "tile": 4}),
-    "nsa": Case({
-        "dim": WIDTH, "heads": 1, "kernel": 4, "stride": 4, "block": 4, "topk": 3, "init_blocks": 0, "local_blocks": 1,
-        "window": 4,
-    }),
-    "ssa": Case({"dim": WIDTH, "heads": 1, "block": 4, "topk": 3}),
-    "vmoba": Case({"chunks": ((4,),), "topk": 3, "scope": "query", "block": 4}),
-}  # fmt: skip
-"""Mechanisms that choose by content and are made to be trained, with settings that read a few of the task's blocks."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Accuracy on new sequences after training, in [0, 1]; guessing gives 1 / LABELS.
+class Training:
+    """A mechanism on its task, with several seeds.
 
     Args:
         name: Mechanism.
-        chosen: With its own choice of blocks.
-        drawn: The same model trained with as many random blocks.
-        density: Share of all pairs that its choice computes; None for layers that do not tell.
+        task: "recall" of labels by name (guessing gives 25 %), or "digits".
+        outcomes: Of each seed.
+        seconds: Of all trainings.
     """
 
     name: str
-    chosen: float
-    drawn: float
-    density: float | None
+    task: str
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+
+    @property
+    def chosen(self) -> float:
+        """Mean score with its own choice."""
+        return statistics.fmean(outcome.chosen for outcome in self.outcomes)
+
+    @property
+    def drawn(self) -> float:
+        """Mean score with as much that is random."""
+        return statistics.fmean(outcome.drawn for outcome in self.outcomes)
 
     @property
     def margin(self) -> float:
@@ -70,149 +47,42 @@ class Outcome:
         return self.chosen - self.drawn
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields and the margin."""
-        return asdict(self) | {"margin": self.margin}
+        """Its fields and the means."""
+        return asdict(self) | {"chosen": self.chosen, "drawn": self.drawn, "margin": self.margin}
 
     def rows(self) -> list[tuple[str, ...]]:
         """A row of the table."""
-        share = "" if self.density is None else f"{self.density:.0%}"
-        return [(self.name, f"{self.chosen:.1%}", f"{self.drawn:.1%}", f"{self.margin:+.1%}", share)]
+        reads = [outcome.density for outcome in self.outcomes if outcome.density is not None]
+        share, least = f"{statistics.fmean(reads):.0%}" if reads else "", min(one.margin for one in self.outcomes)
+        scores = (f"{self.chosen:.1%}", f"{self.drawn:.1%}", f"{self.margin:+.1%}", f"{least:+.1%}")
+        return [(self.name, self.task, *scores, share, f"{self.seconds:.0f}")]
 
 
 def bench_training(
-    steps: int = 400, only: str | None = None, progress: Callable[[Outcome], None] | None = None
-) -> list[Outcome]:
-    """Train every mechanism of `CASES` on recall, with its choice and without.
+    steps: int = 400, only: str | None = None, seeds: int = 2, progress: Callable[[Training], None] | None = None
+) -> list[Training]:
+    """Train every mechanism of `recall.CASES` and `digits.LEARNERS`, with its choice and without.
 
     Args:
-        steps: Of the optimizer, each on 32 new sequences.
-        only: Cases whose name this regular expression is found in.
-        progress: Called with every outcome.
+        steps: Of the optimizer, each on 32 new sequences or images.
+        only: Mechanisms whose name this regular expression is found in.
+        seeds: How often, from 0 on.
+        progress: Called with every result.
 
     Returns:
-        The outcomes, by name.
-    """
-    outcomes = []
-    for name in sorted(CASES):
-        if only is not None and not re.search(only, name):
-            continue
-        outcomes.append(recall(name, steps))
-        if progress is not None:
-            progress(outcomes[-1])
-    return outcomes
-
-
-def recall(name: str, steps: int = 400, pairs: int = 32, batch: int = 32, seed: int = 0) -> Outcome:
-    """Train one layer of a mechanism of `CASES` to recall, and the same with random blocks.
-
-    A sequence has `pairs` tokens, each with a name and a label, and as many that have a name and ask for its label;
-    the askers of one block ask for names of one block, so that few blocks are enough if they are the right ones.
-
-    Args:
-        name: Mechanism.
-        steps: Of the optimizer.
-        pairs: Names and labels in a sequence.
-        batch: Sequences in a step.
-        seed: Of everything that is drawn.
-
-    Returns:
-        Accuracies on new sequences, and the density of the trained choice.
+        The results, by name.
 
     Raises:
-        ValueError: If the mechanism is not one of `CASES`.
+        ImportError: If a digits task is asked for and scikit-learn is not installed.
     """
-    if name not in CASES:
-        raise ValueError(f"name={name!r}: expected one of {sorted(CASES)}")
-    block, models = CASES[name].block, []
-    names = torch.randn(pairs, NAME, generator=torch.Generator().manual_seed(seed)) * 2 / NAME**0.5
-    held_out = sequences(names, HELD_OUT, block, torch.Generator().manual_seed(seed + 1))
-    with torch.random.fork_rng(devices=[]):
-        for drawn in (False, True):
-            torch.manual_seed(seed)
-            model = Recaller(name, drawn=drawn, seed=seed)
-            generator = torch.Generator().manual_seed(seed + 2)
-            optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-            for _ in range(steps):
-                x, labels = sequences(names, batch, block, generator)
-                loss = nn.functional.cross_entropy(model(x)[:, pairs:].flatten(0, 1), labels.flatten())
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            models.append(model.eval())
-    with torch.no_grad():
-        chosen, drawn_at = (float((m(held_out[0])[:, pairs:].argmax(-1) == held_out[1]).float().mean()) for m in models)
-        return Outcome(name, chosen, drawn_at, models[0].density(held_out[0]))
-
-
-def sequences(names: Tensor, count: int, block: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Sequences `[count, 2 pairs, NAME + LABELS + 1]` of names `[pairs, NAME]`, and the answers `[count, pairs]`."""
-    pairs = len(names)
-    order = torch.rand(count, pairs, generator=generator).argsort(1)
-    labels = torch.randint(LABELS, (count, pairs), generator=generator)
-    blocks = torch.rand(count, pairs // block, generator=generator).argsort(1)
-    inside = torch.rand(count, pairs // block, block, generator=generator).argsort(2)
-    asked = (blocks[..., None] * block + inside).flatten(1)
-    x = torch.zeros(count, 2 * pairs, NAME + LABELS + 1)
-    x[:, :pairs, :NAME], x[:, pairs:, :NAME] = names[order], names[order.gather(1, asked)]
-    x[:, :pairs, NAME:-1] = nn.functional.one_hot(labels, LABELS).float()
-    x[:, pairs:, -1] = 1.0
-    return x, labels.gather(1, asked)
-
-
-class Recaller(nn.Module):
-    """One layer of attention between two linear maps.
-
-    Args:
-        name: Mechanism of `CASES`.
-        drawn: Replace the blocks that it chooses by as many random ones; a query's own block stays, if it was chosen.
-        seed: Of these.
-    """
-
-    def __init__(self, name: str, *, drawn: bool, seed: int) -> None:
-        super().__init__()
-        card, case = get(name), CASES[name]
-        mechanism: Any = card.build(**case.settings)
-        self.mechanism, self.block, self.drawn = mechanism, case.block, drawn
-        self.causal = Pattern.CAUSAL_SELF in card.patterns
-        self.random = torch.Generator().manual_seed(seed)
-        self.first, self.last = nn.Linear(NAME + LABELS + 1, WIDTH), nn.Linear(WIDTH, LABELS)
-        self.qkv, self.projection = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        if drawn and isinstance(mechanism, nn.Module):
-            choose: Any = mechanism._choose  # noqa: SLF001  the layers' choice: bool [B, G, N, blocks]
-            mechanism._choose = lambda *given: self._draw(choose(*given))  # type: ignore[assignment]  # noqa: SLF001
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Sequences to scores of their labels, `[B, N, LABELS]`."""
-        hidden = self.first(x)
-        if isinstance(self.mechanism, nn.Module):
-            return self.last(hidden + self.mechanism(hidden))
-        q, k, v = self.qkv(hidden)[:, None].chunk(3, -1)
-        attention: Callable[..., Any] = partial(self.mechanism, geometry=Geometry(causal=self.causal))
-        if self.drawn:
-            chosen = self._chosen(q, k).unflatten(3, (-1, self.block)).any(-1)
-            kept = self._draw(chosen).repeat_interleave(self.block, 3)
-            layout = BlockLayout.from_dense(kept.tril() if self.causal else kept, self.block)
-            attention = partial(block_attend, layout=layout)
-        return self.last(hidden + self.projection(attention(q, k, v)[:, 0]))
-
-    def density(self, x: Tensor) -> float | None:
-        """Share of all pairs that the choice for these sequences computes."""
-        if isinstance(self.mechanism, nn.Module):
-            return None
-        q, k, _ = self.qkv(self.first(x))[:, None].chunk(3, -1)
-        return float(self._chosen(q, k).float().mean())
-
-    def _chosen(self, q: Tensor, k: Tensor) -> Tensor:
-        """The pairs that are chosen, bool `[B, 1, N, N]`."""
-        pattern = self.mechanism.pattern(q.detach(), k.detach(), Geometry(causal=self.causal))
-        return pattern.to_dense().expand(len(q), 1, -1, -1)
-
-    def _draw(self, chosen: Tensor) -> Tensor:
-        """As many blocks as are `chosen`, bool `[B, H, N, blocks]`, drawn for every block of queries."""
-        tokens, blocks = chosen.shape[2:]
-        block, own = torch.arange(blocks), (torch.arange(tokens) // self.block)[:, None]
-        draw = torch.rand(*chosen.shape[:2], -(-tokens // self.block), blocks, generator=self.random)
-        draw = draw.repeat_interleave(self.block, 2)[:, :, :tokens].masked_fill((block == own) & chosen, 2.0)
-        if self.causal:
-            draw = draw.masked_fill(block > own, -1.0)
-        return draw.argsort(-1, descending=True).argsort(-1) < chosen.sum(-1, keepdim=True)
+    tasks = dict.fromkeys(CASES, ("recall", recall)) | dict.fromkeys(LEARNERS, ("digits", learn_digits))
+    results = []
+    for name, (task, learn) in sorted(tasks.items()):
+        if only is not None and not re.search(only, name):
+            continue
+        start = time.perf_counter()
+        outcomes = tuple(learn(name, steps, seed=seed) for seed in range(seeds))
+        results.append(Training(name, task, outcomes, time.perf_counter() - start))
+        if progress is not None:
+            progress(results[-1])
+    return results

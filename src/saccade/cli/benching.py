@@ -107,7 +107,7 @@ def bench_command(
         str,
         typer.Argument(
             help="ops: engines against PyTorch; cache: cache policies in a model; decode: caches in a layer of an 8B "
-            "model; training: trainable selectors against random blocks; machine: this one."
+            "model; training: trained choices against random ones; machine: this one."
         ),
     ] = "ops",
     as_json: Annotated[bool, typer.Option("--json")] = False,
@@ -146,7 +146,7 @@ def bench_command(
         if what == "ops":
             ops.bench_ops(quick=quick, only=only, rounds=rounds, starting=_noted, progress=printed.add)
         elif what == "training":
-            training.bench_training(60 if quick else 400, only, progress=printed.add)
+            training.bench_training(60 if quick else 400, only, 1 if quick else 2, progress=printed.add)
         elif what == "decode":
             lengths = tokens or ((1024,) if quick else cache_speed.LENGTHS)
             printed.add(*cache_speed.bench_decode(

@@ -40,8 +40,9 @@ from saccade.types import Geometry, Kind, Pattern
     ),
     example={"windows": 4, "topk": 2, "block": 16},
     exact=lambda n: {"windows": 4, "topk": 64},  # noqa: ARG005
-    ladder=lambda n: tuple(  # of 8, 64 or 512 regions
-        {"windows": 8, "topk": topk, "block": min(64, max(n // 64, 1))} for topk in (1, 4, 16, 64)
+    ladder=lambda n: tuple(  # 8 regions an axis, 16 where those of an image would be larger than 8 x 8 tokens
+        {"windows": 8 if n < 16384 else 16, "topk": topk, "block": min(64, max(n // 64, 1))}
+        for topk in ((1, 4, 16, 64) if n < 16384 else (8, 16, 64, 256))
     ),
 )
 @dataclass(frozen=True)

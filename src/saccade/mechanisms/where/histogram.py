@@ -70,17 +70,23 @@ class HistogramAttention(Layer):
         (x,) = inputs
         check_map(x, self.dim)
         first, rest = x.chunk(2, 1)
-        first, rows = first.sort(stable=True, dim=2)
-        first, columns = first.sort(stable=True, dim=3)
+        first, rows = self._sort(first, 2)
+        first, columns = self._sort(first, 3)
         mixed = self.around(self.qkv(torch.cat([first, rest], 1))).flatten(2)
         *pairs, v = mixed.chunk(5, 1)
-        v, order = v.sort(stable=True, dim=2)
+        v, order = self._sort(v, 2)
         q1, k1, q2, k2 = (part.gather(2, order) for part in pairs)
         product = self._attend(q1, k1, v, by_bins=True) * self._attend(q2, k2, v, by_bins=False)
         product = torch.zeros_like(product).scatter(2, order, product).unflatten(2, x.shape[2:])
         first, rest = self.projection(product).chunk(2, 1)
         first = torch.zeros_like(first).scatter(3, columns, first)
         return torch.cat([torch.zeros_like(first).scatter(2, rows, first), rest], 1)
+
+    @staticmethod
+    def _sort(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """The values ascending along an axis, and where each was."""
+        values, order = x.sort(stable=True, dim=dim)
+        return values, order
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, by_bins: bool) -> Tensor:
         """Attention over the bins of sorted `[B, C, N]`: the same shape."""

@@ -41,8 +41,11 @@ LEAST = 1e-5
         ),
         (
             "Counts of the moving average begin at 1, those of the authors at 0, which throws centroids far out at "
-            "first; a count below 1e-5 is taken as that, theirs are smoothed by as much. With shared=False a step moves "
-            "centroids once, by queries and keys together; theirs by the queries, then by the keys."
+            "first; a count below 1e-5 is taken as that, theirs are smoothed by as much."
+        ),
+        (
+            "With shared=False a step moves centroids once, by queries and keys together; the authors' twice, by "
+            "queries and then by keys."
         ),
         (
             "Local heads have a sliding window; the authors' have blocks and the block before. Their learned relative "
