@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from saccade.mechanisms.cache.attention import CachedAttention
-from saccade.mechanisms.cache.base import Everything, compose
+from saccade.mechanisms.cache.base import Everything, Step, compose, evict_after
 from saccade.mechanisms.cache.chai import Chai, elbow, linkages
 from saccade.mechanisms.cache.files import save_stores
+from saccade.mechanisms.cache.reading import attend_stored
 from saccade.mechanisms.cache.sharing import SharedKeyStore
 from saccade.mechanisms.cache.sink_recent import SinkRecent
 from saccade.mechanisms.cache.storage import Storage
@@ -183,6 +184,23 @@ def test_cropped_first_tokens_come_again() -> None:
     layer.kept.crop(2)
     out = torch.cat([layer(*(x[:, :, 2:8] for x in (q, k, v))), layer(*(x[:, :, 8:] for x in (q, k, v)))], 2)
     torch.testing.assert_close(out, expected[:, :, 2:])
+
+
+@pytest.mark.parametrize("sizes", [[9, 1], [2, 3, 5], [1] * 10])
+def test_prompts_attended_elsewhere_form_the_same_clusters(sizes: list[int]) -> None:
+    """As where a recipe's prefill is sparse: the policy sees queries and keys after the attention only."""
+    q, k, v = inputs(2, 6, 6, 10)
+    expected, clusters = oracle(q, k, v, 3, 5)
+    policy = Chai(heads=0.5)
+    store = policy.store()
+    for piece in zip(*(x.split(sizes, 2) for x in (q, k, v)), strict=True):
+        store.append(*piece[1:])
+        evict_after(policy, piece[0], store, Step())
+    assert store.table.leader.tolist() == [
+        [next(min(c) for c in found if h in c) for h in range(6)] for found in clusters
+    ]
+    assert store.table.keys.arena.pages == 6
+    torch.testing.assert_close(attend_stored(q[:, :, -1:], store).out, expected[:, :, -1:])
 
 
 def test_elbow() -> None:

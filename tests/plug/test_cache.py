@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from saccade.mechanisms.cache.base import CachePolicy, Everything, compose
+from saccade.mechanisms.cache.chai import Chai
 from saccade.mechanisms.cache.h2o import H2O
+from saccade.mechanisms.cache.sharing import SharedKeyStore
 from saccade.mechanisms.cache.sink_recent import SinkRecent
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.tidal_decode import TidalDecode
@@ -61,6 +63,26 @@ def test_a_policy_that_needs_weights_gets_those_of_rounded_heads(tiny: Build, id
         exact = model(ids).logits
     assert torch.allclose(rounded, plain, atol=1e-5)
     assert 1e-4 < float((rounded - exact).norm() / exact.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("prefill", ["dense", "sink_window"])
+def test_heads_share_keys_after_any_prefill(tiny: Build, ids: Tensor, prefill: str) -> None:
+    """CHAI's clusters serve a dense prompt and decoding, and decoding alone where the recipe's prefill is sparse."""
+    model = tiny()
+    base = Recipe.uniform(model, "dense")
+    first = Choice("all", prefill, {} if prefill == "dense" else {"sinks": 1, "window": 8})
+    recipe = Recipe(base.model, dict.fromkeys(base.layers, LayerRecipe((first,), (Choice("all", "dense"),))))
+    with apply(model, recipe, strict=True), torch.no_grad():
+        cache = PagedCache(model, Chai(heads=0.5))
+        model(ids, past_key_values=cache)
+        everything = PagedCache(model, Everything())
+        model(ids, past_key_values=everything)
+        assert cache.nbytes < 0.9 * everything.nbytes
+        model(ids[:, :1], past_key_values=cache)
+    for layer in cache.layers:
+        assert isinstance(layer.store, SharedKeyStore)
+        assert bool(layer.store.grouped.all())
+        assert layer.store.table.shares
 
 
 def test_a_cache_in_words(tiny: Build) -> None:

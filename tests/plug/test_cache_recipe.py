@@ -86,10 +86,6 @@ def test_bad_caches_give_one_clear_error(cache: Any, message: str) -> None:
             r"layers\['b'\].decode: mechanism='sink_window', expected 'dense': layers\['a'\] has a cache",
         ),
         ({"a": LayerRecipe(WINDOW, DENSE, LayerCache(H2O_8))}, "'keep' needs all the attention weights"),
-        (
-            {"a": LayerRecipe(WINDOW, DENSE, LayerCache(store=PolicyChoice("chai")))},
-            "'store' needs all the attention weights",
-        ),
     ],
 )
 def test_mechanisms_that_cannot_run_beside_a_cache(layers: Any, message: str) -> None:

@@ -195,13 +195,11 @@ def check_caches(layers: Mapping[str, LayerRecipe]) -> None:
                     f"{where}.decode: mechanism={choice.mechanism!r}, expected {DENSE!r}: layers[{shown(cached[0])}] "
                     "has a cache, and with one its policy says what is read"
                 )
-        policy = None if layer.cache is None else layer.cache.build(f"{where}.cache")
-        needy = policy is not None and (policy.needs_lse or policy.reads_prompts)
+        needy = layer.cache is not None and layer.cache.build(f"{where}.cache").needs_lse
         sparse = [choice.mechanism for choice in layer.prefill if choice.mechanism != DENSE]
-        if policy is not None and needy and sparse:
-            axis = "keep" if policy.needs_lse else "store"
+        if needy and sparse:
             raise RecipeError(
-                f"{where}.prefill: mechanism={sparse[0]!r}, expected {DENSE!r}: the cache's {axis!r} needs all the "
+                f"{where}.prefill: mechanism={sparse[0]!r}, expected {DENSE!r}: the cache's 'keep' needs all the "
                 "attention weights"
             )
 

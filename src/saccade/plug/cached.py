@@ -54,7 +54,8 @@ def attend_cached(
     prompt, governed = store.empty and queries > 1, window is None
     if prompt or queries == 1:
         _refuse_mechanism(routes, policy, prompt)
-    prompt = prompt and not (governed and policy.reads_prompts)
+    if governed and policy.reads_prompts and all(route.mechanism is None for route in routes):
+        prompt = False
     step.layer, step.scale, step.softcap, step.lse = layer.number, extras.scale, extras.softcap, None
     store.append(k, v, _present(reading, queries))
     layer.length, layer.pending = layer.length + queries, queries
@@ -140,7 +141,7 @@ def _refuse_mechanism(routes: tuple[Route, ...], policy: CachePolicy, prompt: bo
                 f"mechanism={name!r}: expected dense attention in the recipe where earlier tokens are in a PagedCache, "
                 "whose policy says what is read"
             )
-        if policy.needs_lse or policy.reads_prompts:
+        if policy.needs_lse:
             raise ValueError(
                 f"mechanism={name!r}: expected dense attention in the recipe's prefill, {policy!r} needs all its "
                 "weights"

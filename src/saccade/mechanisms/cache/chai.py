@@ -11,9 +11,12 @@ from torch import Tensor
 
 from saccade.catalog import register
 from saccade.mechanisms.base import require
-from saccade.mechanisms.cache.base import CachePolicy
+from saccade.mechanisms.cache.base import CachePolicy, Step
 from saccade.mechanisms.cache.sharing import SharedKeyStore
+from saccade.mechanisms.cache.sharing_attention import form_clusters
 from saccade.mechanisms.cache.storage import Storage
+from saccade.mechanisms.cache.store import KVStore
+from saccade.ops.checks import resolve_scale
 from saccade.types import Kind, Pattern
 
 
@@ -44,7 +47,8 @@ from saccade.types import Kind, Pattern
         ),
         (
             "The first `warmup` tokens attend with scores of their own, as the paper runs plain attention on them; the "
-            "authors' code lets a prompt's first tokens use the clusters that they decide."
+            "authors' code lets a prompt's first tokens use the clusters that they decide. Where a recipe attends to a "
+            "prompt sparsely, clusters serve decoding only."
         ),
         (
             "Clusters are those of the authors' code, average linkage of cosine distances and the first head of each "
@@ -95,6 +99,11 @@ class Chai(CachePolicy):
     def store(self) -> SharedKeyStore:
         """An empty one."""
         return SharedKeyStore(self, self.storage())
+
+    def settle(self, q: Tensor, store: KVStore, step: Step) -> None:
+        """Form clusters from a prompt that did not attend through the store, as where a recipe's is sparse."""
+        if isinstance(store, SharedKeyStore):
+            form_clusters(q, store, resolve_scale(step.scale, q.shape[3]), step.softcap)
 
     def leaders(self, weights: Tensor, heads: int) -> Tensor:
         """The first head of each head's cluster, int64 `[n, G]`, from the first tokens' weights `[n, H, W, W]`."""

@@ -16,7 +16,7 @@ WIDE = 4
 """Most heads of a cluster whose values are weighed side by side: more leave the processor's caches."""
 
 
-class _First(NamedTuple):
+class FirstRows(NamedTuple):
     """Rows of a call that attend as they would alone: row `row` of sequence `entry`, int64 `[R]`; results by head."""
 
     entry: Tensor
@@ -42,7 +42,7 @@ def attend_shared(
         `out` `[B, H, M, E]` in q's dtype, and `lse` `[B, H, M]`: of heads that follow, their leader's.
     """
     scale = resolve_scale(scale, q.shape[3])
-    first = _form_clusters(q, store, scale, softcap, impl)
+    first = form_clusters(q, store, scale, softcap, impl)
     if q.shape[2] > 1 and len(store) <= q.shape[2]:
         out, lse = _attend_prompt(q, store, scale, softcap, impl)
     else:
@@ -55,8 +55,21 @@ def attend_shared(
 
 
 @torch.no_grad()
-def _form_clusters(q: Tensor, store: SharedKeyStore, scale: float, softcap: float | None, impl: str) -> _First | None:
-    """Note the queries of first tokens; where they are all there let heads share keys, and say what those rows give."""
+def form_clusters(
+    q: Tensor, store: SharedKeyStore, scale: float, softcap: float | None, impl: str = "auto"
+) -> FirstRows | None:
+    """Note the queries of first tokens; where they are all there let heads share keys.
+
+    Args:
+        q: `[B, H, M, D]`, the queries of the last M slots; those that were noted before count once.
+        store: With these tokens.
+        scale: Factor on q k^T.
+        softcap: Scores become `softcap * tanh(score / softcap)`.
+        impl: Implementation of the engines.
+
+    Returns:
+        Rows of this call that are of first tokens whose heads share keys from now on; None if there are none.
+    """
     if not store.waiting:
         return None
     count, warmup, batch = q.shape[2], store.grouping.warmup, len(q)
@@ -84,7 +97,7 @@ def _form_clusters(q: Tensor, store: SharedKeyStore, scale: float, softcap: floa
     if bool(store.grouped.all()):
         store.waiting, store.early = False, None
     which, token = here[entry].nonzero(as_tuple=True)
-    return _First(entry[which], row[entry[which], token], out[which, :, token], lse[which, :, token])
+    return FirstRows(entry[which], row[entry[which], token], out[which, :, token], lse[which, :, token])
 
 
 def first_weights(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -149,4 +162,4 @@ def _both(result: AttentionOutput) -> tuple[Tensor, Tensor]:
     return result.out, cast("Tensor", result.lse)
 
 
-__all__ = ["attend_shared", "first_weights"]
+__all__ = ["FirstRows", "attend_shared", "first_weights", "form_clusters"]
