@@ -14,10 +14,12 @@ from saccade.kernels.cpu.boxes import boxes_attention, boxes_gradients
 from saccade.kernels.cpu.decode_scores import decode_scores
 from saccade.kernels.cpu.decoding import Pages, decoding
 from saccade.kernels.cpu.gather import gathering, gathers
+from saccade.kernels.cpu.groups import GROUP_CHANNELS, attend_groups
 from saccade.kernels.cpu.library import INSTRUCTION_SETS, instruction_set, missing, use
 from saccade.kernels.cpu.scan import scan, scan_gradient
 
 __all__ = [
-    "INSTRUCTION_SETS", "Pages", "Rules", "attention", "attention_backward", "boxes_attention", "boxes_gradients",
-    "decode_scores", "decoding", "gathering", "gathers", "instruction_set", "missing", "scan", "scan_gradient", "use",
+    "GROUP_CHANNELS", "INSTRUCTION_SETS", "Pages", "Rules", "attend_groups", "attention", "attention_backward",
+    "boxes_attention", "boxes_gradients", "decode_scores", "decoding", "gathering", "gathers", "instruction_set",
+    "missing", "scan", "scan_gradient", "use",
 ]  # fmt: skip

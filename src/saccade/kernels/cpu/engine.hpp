@@ -6,6 +6,7 @@
 #include "problem_scan.hpp"
 #include "problem_decode.hpp"
 #include "problem_gather.hpp"
+#include "problem_groups.hpp"
 
 namespace saccade {
 
@@ -52,6 +53,8 @@ struct Engine {
   void (*decode_join)(const Decode&, const Part&, const float* partials, int64_t partial_size, int64_t parts);
   int64_t (*score_scratch)(const Decode&);                        // bytes per thread
   void (*decode_scores)(const Decode&, char* scratch, int64_t b, int64_t g, int64_t start, int64_t end);
+  int64_t (*group_scratch)(const Groups&);                        // bytes per thread
+  void (*attend_groups)(const Groups&, char* scratch, int64_t b, int64_t g, int64_t start, int64_t end, int64_t cut);
 };
 
 extern const Engine* engine;  // in use

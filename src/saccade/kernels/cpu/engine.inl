@@ -7,6 +7,7 @@
 #include "decode_scores.hpp"
 #include "engine.hpp"
 #include "gather.hpp"
+#include "groups.hpp"
 #include "scan_engine.hpp"
 
 namespace saccade::SACCADE_ISA {
@@ -65,6 +66,8 @@ static const Engine ENGINE = {
     .decode_join = join,
     .score_scratch = score_scratch,
     .decode_scores = decode_scores,
+    .group_scratch = group_scratch,
+    .attend_groups = attend_groups,
 };
 
 }  // namespace saccade::SACCADE_ISA

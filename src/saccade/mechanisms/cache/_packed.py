@@ -14,11 +14,12 @@ from saccade.mechanisms.cache.arena import Arena
 from saccade.mechanisms.cache.pagetable import PageLayout, PageTable
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.store import KVStore
-from saccade.ops import decode_attend, merge
-from saccade.types import AttentionOutput, KVPages
+from saccade.ops import attend_groups, merge
+from saccade.types import AttentionOutput
+from saccade.types.groups import KVGroups, squeeze_codes
 
-WIDE_ELEMENTS = 2**22
-"""Most elements of keys and values that are widened at once."""
+PARTS = ("key", "key_scale", "key_low", "value", "value_scale", "value_low", "value_norm")
+"""What `KVGroups` has of each group, by name."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,9 @@ class Packing:
         channels = wide.shape[2] if self.channels is None else self.channels
         for name, x, dim in (("key", k.float(), 1), ("value", wide.unflatten(2, (-1, channels)), 3)):
             codes, scale, low = quantise_range(x, self.bits, dim, dtype)
-            parts |= {name: _squeeze(codes.flatten(1), self.bits)}
+            parts |= {name: squeeze_codes(codes.flatten(1), self.bits)}
             parts |= {f"{name}_scale": scale.flatten(1), f"{name}_low": low.flatten(1)}
         return parts
-
-    def decode(self, parts: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys `[.., group, D]` and values `[.., group, E]` from parts `[.., .]`."""
-        k, v = (_spread(parts[name], self.bits).unflatten(-1, (self.group, -1)).float() for name in ("key", "value"))
-        k = k * parts["key_scale"][..., None, :].float() + parts["key_low"][..., None, :].float()
-        scale, low = (parts[f"value_{what}"].unflatten(-1, (self.group, -1))[..., None] for what in ("scale", "low"))
-        v = (v.unflatten(-1, (scale.shape[-2], -1)) * scale.float() + low.float()).flatten(-2)
-        if self.normalise:
-            v = v * parts["value_norm"][..., None, :].float()
-        return k.to(dtype), v.to(dtype)
 
 
 def quantise_range(x: Tensor, bits: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,20 +73,6 @@ def quantise_range(x: Tensor, bits: int, dim: int, dtype: torch.dtype) -> tuple[
     low = low.to(dtype)
     codes = ((x - low.float()) / scale.float()).round().clamp(0, 2**bits - 1)
     return codes.to(torch.uint8), scale, low
-
-
-def _squeeze(codes: Tensor, bits: int) -> Tensor:
-    """Bytes of codes `[.., n]`: byte i holds codes i, i + n bits / 8, ..."""
-    parts = codes.chunk(8 // bits, -1)
-    packed = parts[0].clone()
-    for number, part in enumerate(parts[1:], 1):
-        packed |= part << number * bits
-    return packed
-
-
-def _spread(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `_squeeze`."""
-    return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)], -1)
 
 
 class PackedGroups:
@@ -108,7 +85,6 @@ class PackedGroups:
     def __init__(self, packing: Packing) -> None:
         self.packing = packing
         self.table = PageTable(Arena(0, torch.device("cpu")), PageLayout({}, 1), 0, 0)
-        self.dtype = torch.float32
 
     @property
     def tokens(self) -> int:
@@ -133,7 +109,7 @@ class PackedGroups:
         rows = [x.new_zeros(1, self.packing.group, x.shape[3]) for x in (k, v)]
         parts = {name: (part.shape[1], part.dtype) for name, part in self.packing.encode(*rows).items()}
         layout = PageLayout(parts | {"position": (self.packing.group, torch.int32)}, 1)
-        self.table, self.dtype = PageTable(Arena(layout.nbytes, k.device), layout, *k.shape[:2]), k.dtype
+        self.table = PageTable(Arena(layout.nbytes, k.device), layout, *k.shape[:2])
 
     def add(self, k: Tensor, v: Tensor, positions: Tensor, entry: Tensor, head: Tensor) -> None:
         """Take in groups.
@@ -154,27 +130,18 @@ class PackedGroups:
         parts = self.packing.encode(k, v) | {"position": positions}
         self.table.write((entry, head, before[entry, head] + rank), parts)
 
-    def attend(self, q: Tensor, **options: Any) -> list[AttentionOutput]:
-        """Attention of q `[B, H, M, D]` over all groups, widened a stretch at a time: partial results to merge."""
-        lengths, group = self.table.lengths, self.packing.group
-        each = lengths.numel() * group * sum(part.width for name, part in self.table.layout.parts.items()
-                                             if name in ("key", "value"))  # fmt: skip
-        step = max(1, WIDE_ELEMENTS // max(1, each * 8 // (self.packing.bits * group)))
-        results = []
-        for start in range(0, self.table.longest, step):
-            have = (lengths - start).clamp(0, step)
-            row = torch.arange(start, min(start + step, self.table.longest), device=q.device)
-            pages = self.table.table[:, :, row].masked_fill(row >= lengths[..., None], 0)
-            parts = {name: part[pages, 0] for name, part in self.table.parts.items()}
-            k, v = (x.flatten(2, 3) for x in self.packing.decode(parts, self.dtype))
-            cache = KVPages.from_dense(k, v, lengths=have * group)
-            results.append(decode_attend(q, cache, causal=False, return_lse=True, **options))
-        return results
+    def groups(self) -> KVGroups:
+        """All of them, in place: good until one is added."""
+        table, parts = self.table, self.table.parts
+        rows: dict[str, Any] = {name: parts[name][:, 0] if name in parts else None for name in PARTS}
+        return KVGroups(
+            table=table.table, lengths=table.lengths, bits=self.packing.bits, size=self.packing.group, **rows
+        )
 
     def select(self, rows: Tensor) -> PackedGroups:
         """Of these batch entries; memory is shared until written to."""
         other = PackedGroups(self.packing)
-        other.table, other.dtype = self.table.select(rows), self.dtype
+        other.table = self.table.select(rows)
         return other
 
 
@@ -244,8 +211,8 @@ class PackedStore(KVStore):
         self.evict(~leaving)
 
     def attend_packed(self, q: Tensor, **options: Any) -> list[AttentionOutput]:
-        """Partial results of q `[B, H, M, D]`, see `saccade.ops.merge`; options as of `decode_attend`."""
-        return [result for part in self.packed for result in part.attend(q, **options)]
+        """Partial results of q `[B, H, M, D]`, see `saccade.ops.merge`; options as of `attend_groups`."""
+        return [attend_groups(q, part.groups(), **options) for part in self.packed if part.tokens]
 
     def crop(self, count: int) -> None:
         """As `KVStore.crop`.
@@ -272,9 +239,7 @@ class PackedStore(KVStore):
 
 def attend_tiers(q: Tensor, store: PackedStore, recent: AttentionOutput, **options: Any) -> AttentionOutput:
     """`recent`, attention over the recent tokens, merged with that over the packed ones."""
-    wide = q.to(store.dtype)
-    others = [AttentionOutput(out.to(q.dtype), lse) for out, lse in store.attend_packed(wide, **options)]
-    return merge([recent, *others]) if others else recent
+    return merge([recent, *store.attend_packed(q, **options)])
 
 
 __all__ = ["PackedGroups", "PackedStore", "Packing", "attend_tiers", "quantise_range"]

@@ -39,10 +39,6 @@ from saccade.types import Kind, Pattern
             "A prompt attends in full precision and is packed afterwards, as the authors' is; the second chunk of a "
             "prompt in chunks reads packed tokens, so that chunks and steps differ from the whole."
         ),
-        (
-            "A step widens the codes a stretch at a time and attends on the engine: bytes held fall, time does not. "
-            "The authors multiply by codes in a kernel of their own."
-        ),
         "Does not compose with policies that evict or select; a packed cache cannot be saved to a file.",
     ),
     example={"bits": 2, "group": 4, "recent": 8, "channels": None},

@@ -56,7 +56,6 @@ from saccade.types import Kind, Pattern
             "A prompt attends in full precision and is packed afterwards: chunks and steps differ from the whole. Does "
             "not compose with policies that evict or select, and a packed cache cannot be saved to a file."
         ),
-        "A step widens the codes a stretch at a time: bytes held fall, time does not.",
     ),
     example={"block": 10},
     exact=lambda n: {"block": n + 1},
