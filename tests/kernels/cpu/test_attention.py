@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,29 +29,6 @@ fuzz = settings(
     max_examples=10 if SANITIZED else 40, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
-
-
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    try:
-        if cpu.use(name) is None:
-            pytest.skip(f"this machine or build has no {name}")
-        yield
-    finally:
-        cpu.use(None)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-each_set = pytest.mark.parametrize("isa", cpu.INSTRUCTION_SETS)
 
 
 def sized(batch: int, heads: int, rows: int, dim: int, form: str, seed: int, dtype: torch.dtype) -> Tensor:
@@ -169,38 +145,35 @@ def drawn_rules(draw: Callable, problem: dict) -> tuple[dict, Tensor, Tensor | N
     return rules, keep, bias
 
 
-@each_set
 @fuzz
 @given(data=st.data())
-def test_dense_attention_agrees_with_the_formula(isa, data):
+def test_dense_attention_agrees_with_the_formula(engine, isa, data):
     problem = data.draw(problems())
     q, k, v = problem["qkv"]
     rules, keep, bias = drawn_rules(data.draw, problem)
-    with instruction_set(isa), threads(data.draw(st.sampled_from([1, 2, 7]))):
+    with engine(isa, data.draw(st.sampled_from([1, 2, 7]))):
         found = cpu.attention(q, k, v, scale=problem["scale"], **rules)
     agree(found, formula(q, k, v, keep, problem["scale"], rules["softcap"], bias), v)
 
 
-@each_set
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(("queries", "keys"), [(70, 70), (33, 129), (129, 33)])
 @pytest.mark.parametrize("sides", [(-1, -1), (-1, 0), (20, 0), (11, 5)])
-def test_slopes_agree_with_the_formula(isa, dtype, queries, keys, sides):
+def test_slopes_agree_with_the_formula(engine, isa, dtype, queries, keys, sides):
     shapes = (2, 8, queries, 32), (2, 2, keys, 32), (2, 2, keys, 24)
     q, k, v = (sized(*shape, "plain", seed, dtype) for seed, shape in enumerate(shapes))
     slopes = 2.0 ** -torch.arange(1.0, 9.0)  # the paper's, of eight heads
     keep = band_mask(queries, keys, *sides)
-    with instruction_set(isa):
+    with engine(isa):
         found = cpu.attention(q, k, v, scale=0.2, left=sides[0], right=sides[1], alibi=slopes)
     agree(found, formula(q, k, v, keep, 0.2, None, penalty(slopes, queries, keys)), v)
 
 
-@each_set
-def test_slopes_far_down_a_long_sequence(isa):
+def test_slopes_far_down_a_long_sequence(engine, isa):
     """A band needs only the last keys; distances stay exact however large the positions."""
     q, k, v = (sized(1, 2, rows, 16, "plain", seed, torch.float32) for seed, rows in enumerate((40, 300_000, 300_000)))
     slopes = torch.tensor([0.5, 0.03125])
-    with instruction_set(isa):
+    with engine(isa):
         found = cpu.attention(q, k, v, scale=0.25, left=100, right=0, alibi=slopes)
     wanted = formula(
         q, k[:, :, -200:], v[:, :, -200:], band_mask(40, 200, 100, 0), 0.25, None, penalty(slopes, 40, 200)
@@ -208,13 +181,12 @@ def test_slopes_far_down_a_long_sequence(isa):
     agree(found, wanted, v)
 
 
-@each_set
 @pytest.mark.parametrize("block", [(16, 32), (64, 64)])
-def test_slopes_under_a_layout(isa, block):
+def test_slopes_under_a_layout(engine, isa, block):
     q, k, v = (sized(1, heads, rows, 16, "plain", 3, torch.float32) for heads, rows in ((4, 90), (2, 130), (2, 130)))
     mask = torch.rand(1, 4, 90, 130, generator=torch.Generator().manual_seed(4)) < 0.3
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
-    with instruction_set(isa):
+    with engine(isa):
         found = cpu.attention(q, k, v, scale=0.25, alibi=slopes, layout=BlockLayout.from_dense(mask, block))
     agree(found, formula(q, k, v, mask, 0.25, None, penalty(slopes, 90, 130)), v)
 
@@ -236,32 +208,30 @@ def layouts(draw: Callable, batch: int, heads: int, queries: int, keys: int) -> 
     return BlockLayout.from_dense(mask, block), mask
 
 
-@each_set
 @fuzz
 @given(data=st.data())
-def test_block_attention_agrees_with_the_formula(isa, data):
+def test_block_attention_agrees_with_the_formula(engine, isa, data):
     problem = data.draw(problems())
     q, k, v = problem["qkv"]
     layout, mask = data.draw(layouts(q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
     softcap = data.draw(st.sampled_from([None, 2.0]))
-    with instruction_set(isa), threads(data.draw(st.sampled_from([1, 2, 7]))):
+    with engine(isa, data.draw(st.sampled_from([1, 2, 7]))):
         found = cpu.attention(q, k, v, scale=problem["scale"], softcap=softcap, layout=layout)
     agree(found, formula(q, k, v, mask, problem["scale"], softcap), v)
 
 
-@each_set
 @settings(fuzz, max_examples=5 if SANITIZED else 15)
 @given(data=st.data())
-def test_bits_are_equal_from_run_to_run_and_over_threads(isa, data):
+def test_bits_are_equal_from_run_to_run_and_over_threads(engine, isa, data):
     problem = data.draw(problems())
     rules, _, _ = drawn_rules(data.draw, problem)
     q, k, _ = problem["qkv"]
     if data.draw(st.booleans()):
         rules = {"layout": data.draw(layouts(q.shape[0], q.shape[1], q.shape[2], k.shape[2]))[0]}
     results = []
-    with instruction_set(isa):
+    with engine(isa):
         for count in (1, 1, 2, 7, 7):
-            with threads(count):
+            with engine(threads=count):
                 results.append(cpu.attention(*problem["qkv"], scale=problem["scale"], **rules))
     for out, lse in results[1:]:
         assert torch.equal(out, results[0][0])
@@ -271,10 +241,9 @@ def test_bits_are_equal_from_run_to_run_and_over_threads(isa, data):
 POISON = st.sampled_from([float("nan"), INF, -INF])
 
 
-@each_set
 @fuzz
 @given(data=st.data())
-def test_hidden_poison_changes_nothing_and_visible_poison_shows(isa, data):
+def test_hidden_poison_changes_nothing_and_visible_poison_shows(engine, isa, data):
     """Keys and values that no query, or not every query, sees are replaced; only rows that see them may change."""
     problem = data.draw(problems())
     q, k, v = (x.clone() for x in problem["qkv"])
@@ -285,7 +254,7 @@ def test_hidden_poison_changes_nothing_and_visible_poison_shows(isa, data):
     keep = keep.expand(q.shape[0], q.shape[1], -1, -1)
     tokens = data.draw(st.lists(st.integers(0, k.shape[2] - 1), min_size=1, max_size=5))
     where, value = data.draw(st.sampled_from(["k", "v", "both"])), data.draw(POISON)
-    with instruction_set(isa):
+    with engine(isa):
         clean = cpu.attention(q, k, v, scale=0.05, **rules)
         for x in {"k": (k,), "v": (v,), "both": (k, v)}[where]:
             x[:, :, tokens, -1] = value
@@ -297,13 +266,12 @@ def test_hidden_poison_changes_nothing_and_visible_poison_shows(isa, data):
         assert not found[0][sees].isfinite().all(-1).any()
 
 
-@each_set
-def test_scratch_left_behind_by_other_calls_does_not_show(isa):
+def test_scratch_left_behind_by_other_calls_does_not_show(engine, isa):
     """Memory that the allocator hands out again is full of other results."""
     keys = torch.randn(1, 1, 64, 40, generator=torch.Generator().manual_seed(0))
     values = keys.clone()
     values[:, :, 40:] = float("nan")
-    with instruction_set(isa), threads(1):
+    with engine(isa, 1):
         for _ in range(3):
             for size in (1e30, 1.0):
                 out, _ = cpu.attention(keys * size, keys, values, scale=0.1, left=-1, right=0)
@@ -314,11 +282,11 @@ def test_scratch_left_behind_by_other_calls_does_not_show(isa):
 @pytest.mark.skipif(SANITIZED, reason="the sanitizer's own memory does not fit under a limit")
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs a system that tells and limits address space")
 @pytest.mark.parametrize("count", [1, 2])
-def test_no_memory_for_scratch_is_a_memory_error(count):
+def test_no_memory_for_scratch_is_a_memory_error(engine, count):
     """A dim so large that a thread's scratch, 128 rows of it, does not fit where two rows of input do."""
     q = torch.zeros(1, 2, 1, 2**23)
     kv = torch.zeros(1, 1, 1, 2**23)
-    with threads(count):
+    with engine(threads=count):
         cpu.attention(q[..., :8], kv[..., :8], kv[..., :8], scale=1.0)  # the pool of threads exists
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()

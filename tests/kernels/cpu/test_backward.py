@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -26,26 +25,11 @@ INF = float("inf")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIMS = st.one_of(st.integers(1, 100), st.sampled_from([32, 64, 80, 128]))
 LENGTHS = st.one_of(st.integers(1, 150), st.integers(250, 400))
-each_set = pytest.mark.parametrize("isa", cpu.INSTRUCTION_SETS)
 SANITIZED = "SACCADE_SANITIZED" in os.environ
 fuzz = settings(
     max_examples=8 if SANITIZED else 30, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
-
-
-@contextmanager
-def engine(isa: str, threads: int = 1) -> Iterator[None]:
-    """That instruction set and so many threads."""
-    before = torch.get_num_threads()
-    try:
-        if cpu.use(isa) is None:
-            pytest.skip(f"this machine or build has no {isa}")
-        torch.set_num_threads(threads)
-        yield
-    finally:
-        cpu.use(None)
-        torch.set_num_threads(before)
 
 
 def strided(shape: tuple[int, int, int, int], form: str, seed: int, dtype: torch.dtype) -> Tensor:
@@ -158,11 +142,10 @@ def run(problem: dict, rules: dict) -> tuple[Tensor, ...]:
     return cpu.attention_backward(grad, problem["grad_lse"], q, k, v, out, lse, scale=problem["scale"], **rules)[:3]
 
 
-@each_set
 @pytest.mark.parametrize("draw_rules", [band_rules, layout_rules])
 @fuzz
 @given(data=st.data())
-def test_agrees_with_the_formula(isa, draw_rules, data):
+def test_agrees_with_the_formula(engine, isa, draw_rules, data):
     problem = data.draw(problems())
     rules, keep = draw_rules(data.draw, problem)
     with engine(isa, data.draw(st.sampled_from([1, 2, 7]))):
@@ -171,11 +154,10 @@ def test_agrees_with_the_formula(isa, draw_rules, data):
         assert bool(((one.double() - wanted).abs() <= allowed).all())
 
 
-@each_set
 @pytest.mark.parametrize("draw_rules", [band_rules, layout_rules])
 @settings(fuzz, max_examples=4 if SANITIZED else 10)
 @given(data=st.data())
-def test_bits_are_equal_from_run_to_run_and_over_threads(isa, draw_rules, data):
+def test_bits_are_equal_from_run_to_run_and_over_threads(engine, isa, draw_rules, data):
     problem = data.draw(problems())
     rules, _ = draw_rules(data.draw, problem)
     results = []
@@ -186,11 +168,10 @@ def test_bits_are_equal_from_run_to_run_and_over_threads(isa, draw_rules, data):
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-@each_set
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(("queries", "keys"), [(70, 70), (33, 129), (129, 33)])
 @pytest.mark.parametrize("sides", [(-1, -1), (-1, 0), (20, 0), (11, 5)])
-def test_slopes_agree_with_the_formula(isa, dtype, queries, keys, sides):
+def test_slopes_agree_with_the_formula(engine, isa, dtype, queries, keys, sides):
     shapes = (2, 8, queries, 32), (2, 2, keys, 32), (2, 2, keys, 24), (2, 8, queries, 24)
     tensors = [strided(shape, "plain", seed, dtype) for seed, shape in enumerate(shapes)]
     problem = {"qkvg": tensors, "grad_lse": None, "scale": 0.2}
@@ -203,8 +184,7 @@ def test_slopes_agree_with_the_formula(isa, dtype, queries, keys, sides):
         assert bool(((one.double() - wanted).abs() <= allowed).all())
 
 
-@each_set
-def test_many_spans_of_one_head_add_up_in_order(isa):
+def test_many_spans_of_one_head_add_up_in_order(engine, isa):
     """One head, so that all threads wait for one another; unequal work, so that they do."""
     x = [torch.randn(1, 1, 3000, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     problem = {"qkvg": x, "grad_lse": None, "scale": 0.25}
@@ -218,8 +198,7 @@ def test_many_spans_of_one_head_add_up_in_order(isa):
                 assert all(torch.equal(a, b) for a, b in zip(run(problem, rules), alone, strict=True))
 
 
-@each_set
-def test_one_pair_by_hand(isa):
+def test_one_pair_by_hand(engine, isa):
     """Two keys with scores 0 and log 3: weights 1/4 and 3/4."""
     q, grad = torch.tensor([[[[2.0]]]]), torch.tensor([[[[4.0]]]])
     k, v = torch.tensor([[[[0.0], [math.log(3) / 2]]]]), torch.tensor([[[[1.0], [5.0]]]])
@@ -232,8 +211,7 @@ def test_one_pair_by_hand(isa):
     torch.testing.assert_close(dv, torch.tensor([[[[1.0], [3.0]]]]))
 
 
-@each_set
-def test_poison_that_a_query_sees_stays_with_what_it_sees(isa):
+def test_poison_that_a_query_sees_stays_with_what_it_sees(engine, isa):
     """The lse of such a row is NaN; keys that it does not see keep their gradients."""
     x = [torch.randn(1, 2, 100, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     q, k, v, grad = x
@@ -249,8 +227,7 @@ def test_poison_that_a_query_sees_stays_with_what_it_sees(isa):
     assert torch.equal(found[0][:, :, 41:], clean[0][:, :, 41:])
 
 
-@each_set
-def test_delta_may_be_given(isa):
+def test_delta_may_be_given(engine, isa):
     x = [torch.randn(1, 2, 90, 20, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     q, k, v, grad = x
     with engine(isa):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 
 import pytest
@@ -18,7 +16,6 @@ pytestmark = [
     pytest.mark.skipif(cpu.missing() is not None, reason=f"no C++ engine: {cpu.missing()}"),
 ]
 
-each_set = pytest.mark.parametrize("isa", cpu.INSTRUCTION_SETS)
 CASES = [
     # sizes, kernel, dilation, heads, groups, D, E
     ((1,), (1,), (1,), 1, 1, 4, 4),
@@ -32,20 +29,6 @@ CASES = [
     ((9, 40), (12, 30), (1, 1), 1, 1, 32, 64),  # one higher than the map, and windows that jump by more than a vector
 ]
 ACROSS = ("tiles", "rows")
-
-
-@contextmanager
-def engine(isa: str, threads: int = 1) -> Iterator[None]:
-    """That instruction set and so many threads."""
-    before = torch.get_num_threads()
-    try:
-        if cpu.use(isa) is None:
-            pytest.skip(f"this machine or build has no {isa}")
-        torch.set_num_threads(threads)
-        yield
-    finally:
-        cpu.use(None)
-        torch.set_num_threads(before)
 
 
 def window(size: int, kernel: int, dilation: int) -> tuple[list[int], list[int]]:
@@ -107,19 +90,17 @@ def agree(q, k, v, boxes, mask, scale, across):
         assert torch.allclose(x.double(), y.detach(), rtol=1e-4, atol=2e-5), name
 
 
-@each_set
 @pytest.mark.parametrize("across", ACROSS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("case", "scale"), [*((case, 0.3) for case in CASES), (CASES[3], -0.2)])
-def test_equals_the_formula(case, scale, dtype, across, isa):
+def test_equals_the_formula(engine, case, scale, dtype, across, isa):
     q, k, v, boxes, mask = problem(case, dtype)
     with engine(isa):
         agree(q, k, v, boxes, mask, scale, across)
 
 
-@each_set
 @pytest.mark.parametrize("across", ACROSS)
-def test_windows_of_any_length(across, isa):
+def test_windows_of_any_length(engine, across, isa):
     """Each axis its own: causal (short at first), one that opens by leaps, and one that stands still."""
     lines = [
         ([max(x - 2, 0) for x in range(6)], list(range(6))),
@@ -133,16 +114,14 @@ def test_windows_of_any_length(across, isa):
         agree(q, k, v, (*ends, sizes, [1, 1, 1]), mask, 0.3, across)
 
 
-@each_set
-def test_rows_wider_than_a_part(isa):
+def test_rows_wider_than_a_part(engine, isa):
     q, k, v, boxes, mask = problem(((2, 300), (2, 9), (1, 1), 2, 1, 8, 8), batch=1)
     with engine(isa):
         agree(q, k, v, boxes, mask, 0.3, "rows")
 
 
-@each_set
 @pytest.mark.parametrize("across", ACROSS)
-def test_strides_do_not_matter(across, isa):
+def test_strides_do_not_matter(engine, across, isa):
     q, k, v, boxes, _ = problem(CASES[3])
     moved = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     spread = [torch.stack([x, x], -1)[..., 0] for x in (q, k, v)]
@@ -153,10 +132,9 @@ def test_strides_do_not_matter(across, isa):
                 assert torch.equal(x, y)
 
 
-@each_set
 @pytest.mark.parametrize("across", ACROSS)
 @pytest.mark.parametrize("case", [CASES[3], CASES[5]])
-def test_threads_do_not_matter(case, across, isa):
+def test_threads_do_not_matter(engine, case, across, isa):
     q, k, v, boxes, _ = problem(case)
     grad_out, grad_lse = torch.randn(*q.shape[:3], v.shape[3]), torch.randn(q.shape[:3])
     results = []
@@ -167,11 +145,10 @@ def test_threads_do_not_matter(case, across, isa):
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
-@each_set
 @pytest.mark.parametrize("across", ACROSS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", ["k", "v"])
-def test_poison_reaches_those_who_see_it_only(which, bad, across, isa):
+def test_poison_reaches_those_who_see_it_only(engine, which, bad, across, isa):
     q, k, v, boxes, mask = problem(CASES[3])
     token, sees = 100, mask[:, 100]
     poisoned = {"k": k.clone(), "v": v.clone()}
@@ -188,10 +165,9 @@ def test_poison_reaches_those_who_see_it_only(which, bad, across, isa):
         assert not out[:, :, sees, 1].isfinite().any()
 
 
-@each_set
 @pytest.mark.parametrize("across", ACROSS)
 @pytest.mark.parametrize("which", ["q", "grad_out"])
-def test_poisoned_queries_reach_the_gradients_of_what_they_see_only(which, across, isa):
+def test_poisoned_queries_reach_the_gradients_of_what_they_see_only(engine, which, across, isa):
     q, k, v, boxes, mask = problem(CASES[4])
     given = {"q": q.clone(), "grad_out": torch.randn(*q.shape[:3], v.shape[3])}
     rest = (torch.zeros(q.shape[:3]), across)
@@ -214,10 +190,9 @@ def test_windows_that_leave_the_grid_are_refused(first, last):
         cpu.boxes_attention(x, x, x, torch.tensor(first).int(), torch.tensor(last).int(), [3], [1], 1.0)
 
 
-@each_set
 @pytest.mark.parametrize("across", ACROSS)
 @pytest.mark.parametrize("dilation", [5, 2**32, 2**62])
-def test_a_dilation_beyond_the_grid_leaves_each_token_to_itself(dilation, across, isa):
+def test_a_dilation_beyond_the_grid_leaves_each_token_to_itself(engine, dilation, across, isa):
     q, k, v = (torch.randn(1, 1, 5, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
     alone = torch.arange(5, dtype=torch.int32)
     with engine(isa):

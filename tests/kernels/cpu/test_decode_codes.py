@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,17 +14,6 @@ from saccade.ops import decode_attend
 from saccade.types import KVPages
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=f"no C++ engine: {cpu.missing()}")
-each_set = pytest.mark.parametrize("isa", cpu.INSTRUCTION_SETS)
-
-
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    try:
-        if cpu.use(name) is None:
-            pytest.skip(f"this machine or build has no {name}")
-        yield
-    finally:
-        cpu.use(None)
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -68,7 +56,6 @@ def cache_of(
     return KVPages.from_dense(k, v, page_size=16, bits=bits, group=group, zero_point=zero_point)
 
 
-@each_set
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("zero_point", [False, True])
 @pytest.mark.parametrize(
@@ -76,21 +63,28 @@ def cache_of(
 )
 @pytest.mark.parametrize(("share", "queries", "keys"), [(1, 1, 5), (4, 1, 700), (3, 2, 131), (8, 1, 64), (4, 3, 300)])
 def test_codes_agree_with_the_formula(
-    isa: str, bits: int, zero_point: bool, dims: tuple[int, int], group: int | None, share: int, queries: int, keys: int
+    engine: Callable,
+    isa: str,
+    bits: int,
+    zero_point: bool,
+    dims: tuple[int, int],
+    group: int | None,
+    share: int,
+    queries: int,
+    keys: int,
 ) -> None:
     cache = cache_of(keys, bits, group, dims, zero_point=zero_point)
     q = draw(1, 2 * share, queries, dims[0], seed=7)
     expected, lse, error = formula(q, cache)
     assert error < 0.02
-    with instruction_set(isa):
+    with engine(isa):
         found = decode_attend(q, cache, return_lse=True, impl="cpu")
     torch.testing.assert_close(found.out.double(), expected, rtol=0, atol=error)
     torch.testing.assert_close(found.lse.double(), lse, rtol=0, atol=error)
 
 
-@each_set
 @pytest.mark.parametrize("bits", [8, 4])
-def test_listed_codes_agree_with_the_formula(isa: str, bits: int) -> None:
+def test_listed_codes_agree_with_the_formula(engine: Callable, isa: str, bits: int) -> None:
     cache, q = cache_of(600, bits, 64, (128, 128), heads=1), draw(1, 4, 1, 128, seed=1)
     chosen = torch.randperm(600, generator=torch.Generator().manual_seed(2))[:210].sort().values
     k, v = (
@@ -98,31 +92,29 @@ def test_listed_codes_agree_with_the_formula(isa: str, bits: int) -> None:
         for x, s in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
     )
     expected = (q.double() @ k.mT * 128**-0.5).softmax(-1) @ v
-    with instruction_set(isa):
+    with engine(isa):
         found = decode_attend(q, cache, slots=chosen[None, None], impl="cpu")
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=formula(q, cache)[2])
 
 
-@each_set
 @pytest.mark.parametrize("bits", [8, 4])
-def test_scales_that_are_no_numbers_reach_those_who_see_them(isa: str, bits: int) -> None:
+def test_scales_that_are_no_numbers_reach_those_who_see_them(engine: Callable, isa: str, bits: int) -> None:
     cache, q = cache_of(200, bits, None, (128, 128), heads=1), draw(1, 2, 2, 128, seed=3)
     before = formula(q, cache)
     last = int(cache.table[0, 0, 199 // 16]), 199 % 16
     for name in ("v_scale", "k_scale"):
         scale = getattr(cache, name).clone()
         scale[last] = torch.nan
-        with instruction_set(isa):
+        with engine(isa):
             found = decode_attend(q, replace(cache, **{name: scale}), impl="cpu").double()
         assert bool(found[:, :, 1].isnan().all())
         torch.testing.assert_close(found[:, :, 0], before[0][:, :, 0], rtol=0, atol=before[2])
 
 
-@each_set
-def test_scales_below_zero_and_queries_that_are_no_numbers(isa: str) -> None:
+def test_scales_below_zero_and_queries_that_are_no_numbers(engine: Callable, isa: str) -> None:
     cache, q = cache_of(150, 8, None, (128, 128), heads=1), draw(1, 3, 1, 128, seed=4)
     turned = replace(cache, k_scale=-cache.k_scale, v_scale=-cache.v_scale)
-    with instruction_set(isa):
+    with engine(isa):
         out = decode_attend(q, cache, impl="cpu")
         opposite = decode_attend(-q, turned, impl="cpu")
         q[0, 1, 0, 5] = torch.inf

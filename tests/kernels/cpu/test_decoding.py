@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -28,17 +27,6 @@ fuzz = settings(
     max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
-each_set = pytest.mark.parametrize("isa", cpu.INSTRUCTION_SETS)
-
-
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    try:
-        if cpu.use(name) is None:
-            pytest.skip(f"this machine or build has no {name}")
-        yield
-    finally:
-        cpu.use(None)
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -73,7 +61,6 @@ def agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], error: 
     torch.testing.assert_close(found[1].double(), expected[1], rtol=0, atol=error)
 
 
-@each_set
 @fuzz
 @given(
     kv_heads=st.integers(1, 3), share=st.sampled_from([1, 2, 3, 4, 7]), queries=st.integers(1, 20),
@@ -83,10 +70,10 @@ def agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], error: 
     turned=st.booleans(), seed=st.integers(0, 9),
 )  # fmt: skip
 def test_any_shape(
-    isa: str, kv_heads: int, share: int, queries: int, keys: int, dim: int, value_dim: int, dtype: str, left: int,
-    right: int, softcap: float | None, turned: bool, seed: int,
+    engine: Callable, isa: str, kv_heads: int, share: int, queries: int, keys: int, dim: int, value_dim: int,
+    dtype: str, left: int, right: int, softcap: float | None, turned: bool, seed: int,
 ) -> None:  # fmt: skip
-    with instruction_set(isa):
+    with engine(isa):
         q = draw(2, kv_heads * share, queries, dim, seed=seed, dtype=DTYPES[dtype])
         k = draw(2, kv_heads, keys, dim, seed=seed + 1, dtype=DTYPES[dtype])
         v = draw(2, kv_heads, keys, value_dim, seed=seed + 2, dtype=DTYPES[dtype])
@@ -97,44 +84,41 @@ def test_any_shape(
         agree(found, expected, ERROR[dtype])
 
 
-@each_set
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 600), (5, 90), (9, 4)])
 @pytest.mark.parametrize("sides", [(-1, -1), (-1, 0), (40, 3)])
-def test_slopes(isa: str, dtype: str, queries: int, keys: int, sides: tuple[int, int]) -> None:
+def test_slopes(engine: Callable, isa: str, dtype: str, queries: int, keys: int, sides: tuple[int, int]) -> None:
     shapes = (2, 6, queries, 40), (2, 2, keys, 40), (2, 2, keys, 40)
     q, k, v = (draw(*shape, seed=seed, dtype=DTYPES[dtype]) for seed, shape in enumerate(shapes))
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.03125, 0.0])
     distance = (torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)).abs()
     lowered = -slopes.double()[:, None, None] * distance
     for softcap in (None, 1.5):
-        with instruction_set(isa):
+        with engine(isa):
             found = cpu.decoding(q, k, v, scale=0.2, left=sides[0], right=sides[1], softcap=softcap, alibi=slopes)
         expected = formula(q, k, v, band(queries, keys, *sides), 0.2, softcap, lowered)
         agree(found, expected, max(ERROR[dtype], 1e-5))
 
 
-@each_set
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bias_and_segments(isa: str, dtype: str) -> None:
+def test_bias_and_segments(engine: Callable, isa: str, dtype: str) -> None:
     q, k, v = (draw(2, heads, rows, 40, seed=rows, dtype=DTYPES[dtype]) for heads, rows in ((4, 3), (2, 90), (2, 91)))
     v = v[:, :, :90]
     bias = draw(4, 3, 90, seed=5).masked_fill(draw(4, 3, 90, seed=6) > 1, -INF)
     ids = torch.arange(3)[None], torch.arange(90)[None] % 4 - 1
     mask = ids[0][:, None, :, None] == ids[1][:, None, None]
-    with instruction_set(isa):
+    with engine(isa):
         found = cpu.decoding(q, k, v, scale=0.2, bias=bias, segments=ids)
     agree(found, formula(q, k, v, mask, 0.2, bias=bias), ERROR[dtype])
 
 
-@each_set
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("poison", [float("nan"), INF, -INF])
-def test_poison_reaches_only_the_rows_that_see_it(isa: str, dtype: str, poison: float) -> None:
+def test_poison_reaches_only_the_rows_that_see_it(engine: Callable, isa: str, dtype: str, poison: float) -> None:
     q, k, v = (
         draw(1, heads, rows, 64, seed=heads, dtype=DTYPES[dtype]) for heads, rows in ((4, 5), (2, 600), (2, 600))
     )
-    with instruction_set(isa):
+    with engine(isa):
         clean = cpu.decoding(q, k, v, scale=0.1, left=300, right=0)
         for x in (k, v):
             x[:, :, 597] = poison  # seen by queries 2, 3 and 4
@@ -146,9 +130,8 @@ def test_poison_reaches_only_the_rows_that_see_it(isa: str, dtype: str, poison: 
     assert not bool(found[0][:, :, 2:].isfinite().any())
 
 
-@each_set
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_lists_of_each_kind(isa: str, dtype: str) -> None:
+def test_lists_of_each_kind(engine: Callable, isa: str, dtype: str) -> None:
     q, k, v = (
         draw(2, heads, rows, 48, seed=heads, dtype=DTYPES[dtype]) for heads, rows in ((6, 7), (2, 700), (2, 700))
     )
@@ -160,7 +143,7 @@ def test_lists_of_each_kind(isa: str, dtype: str) -> None:
         mask = torch.zeros(2, heads, lists.shape[2], 701, dtype=torch.bool)
         mask = mask.scatter(-1, lists.where(lists >= 0, 700), value=True)[..., :700]
         mask = mask.repeat_interleave(group, 2)[:, :, :7].repeat_interleave(6 // heads, 1) & band(7, 700, -1, 0)
-        with instruction_set(isa):
+        with engine(isa):
             found = cpu.decoding(q, k, v, scale=0.2, right=0, lists=lists, group=group)
         agree(found, formula(q, k, v, mask, 0.2), ERROR[dtype])
 

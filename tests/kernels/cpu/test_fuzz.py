@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,21 +22,10 @@ fuzz = settings(
     max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
-each_set = pytest.mark.parametrize("isa", cpu.INSTRUCTION_SETS)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 DIMS = st.one_of(st.integers(1, 70), st.sampled_from([16, 32, 64]))
 FORMS = st.sampled_from(["plain", "tokens first", "gaps", "odd offset", "columns"])
 ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.004}
-
-
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    try:
-        if cpu.use(name) is None:
-            pytest.skip(f"this machine or build has no {name}")
-        yield
-    finally:
-        cpu.use(None)
 
 
 def sized(shape: tuple[int, ...], form: str, seed: int, dtype: torch.dtype) -> Tensor:
@@ -71,10 +59,9 @@ def window(draw: Callable, size: int, dilation: int) -> tuple[list[int], list[in
     return first, last
 
 
-@each_set
 @fuzz
 @given(data=st.data())
-def test_boxes_agree_with_the_formula(isa: str, data: st.DataObject) -> None:
+def test_boxes_agree_with_the_formula(engine: Callable, isa: str, data: st.DataObject) -> None:
     draw = data.draw
     sizes = draw(st.sampled_from([(1,), (37,), (90,), (5, 9), (12, 11), (1, 30), (3, 4, 6)]))
     dilation = [draw(st.integers(1, 3)) for _ in sizes]
@@ -90,7 +77,7 @@ def test_boxes_agree_with_the_formula(isa: str, data: st.DataObject) -> None:
     shapes = [(2, heads, len(mask), dim) for heads, dim in ((groups * share, dims[0]), *((groups, d) for d in dims))]
     q, k, v = (sized(shape, draw(FORMS), seed, dtype) for seed, shape in enumerate(shapes))
     ends = [torch.tensor([x for both in windows for x in both[end]]).int() for end in (0, 1)]
-    with instruction_set(isa):
+    with engine(isa):
         out, lse = cpu.boxes_attention(q, k, v, *ends, list(sizes), dilation, 0.2)
         grad_out, grad_lse = torch.randn(out.shape), torch.randn(lse.shape)
         found = cpu.boxes_gradients(grad_out, grad_lse, q, k, v, out, lse, *ends, list(sizes), dilation, 0.2)
@@ -103,10 +90,9 @@ def test_boxes_agree_with_the_formula(isa: str, data: st.DataObject) -> None:
         torch.testing.assert_close(got.double(), want.detach(), rtol=1e-3, atol=2e-4)
 
 
-@each_set
 @fuzz
 @given(data=st.data())
-def test_scans_agree_with_the_recurrence(isa: str, data: st.DataObject) -> None:
+def test_scans_agree_with_the_recurrence(engine: Callable, isa: str, data: st.DataObject) -> None:
     draw = data.draw
     batch, states, sets = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
     tokens, dim, values, dtype = draw(st.integers(1, 150)), draw(DIMS), draw(DIMS), draw(DTYPES)
@@ -116,7 +102,7 @@ def test_scans_agree_with_the_recurrence(isa: str, data: st.DataObject) -> None:
     state = torch.randn(batch, states, dim, values, generator=torch.Generator().manual_seed(3))
     form = draw(st.sampled_from([None, (1, states, 1, 1), (batch, states, tokens, 1), (batch, states, tokens, dim)]))
     decay = None if form is None else -torch.rand(form, generator=torch.Generator().manual_seed(4)) * 2
-    with instruction_set(isa):
+    with engine(isa):
         out, last = scan_native(q, k, v, decay, state, 0.5)
     now, wanted = state.double(), torch.empty(*q.shape[:4], values).double()
     kept = torch.ones(batch, states, tokens, dim).double() if decay is None else decay.double().exp()
@@ -129,10 +115,9 @@ def test_scans_agree_with_the_recurrence(isa: str, data: st.DataObject) -> None:
     torch.testing.assert_close(last.double(), now, rtol=0, atol=1e-3 * (float(now.abs().max()) + 1))
 
 
-@each_set
 @fuzz
 @given(data=st.data())
-def test_lists_agree_with_the_formula(isa: str, data: st.DataObject) -> None:
+def test_lists_agree_with_the_formula(engine: Callable, isa: str, data: st.DataObject) -> None:
     draw = data.draw
     groups, share, group = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 5))
     queries, keys, length = draw(st.integers(1, 12)), draw(st.integers(1, 200)), draw(st.integers(1, 90))
@@ -148,7 +133,7 @@ def test_lists_agree_with_the_formula(isa: str, data: st.DataObject) -> None:
     mask = mask.repeat_interleave(group, 2)[:, :, :queries].repeat_interleave(groups * share // heads, 1)
     if causal:
         mask = mask & (torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries)
-    with instruction_set(isa):
+    with engine(isa):
         out, lse = cpu.decoding(q, k, v, scale=0.2, right=0 if causal else -1, lists=lists, group=group)
     keys_of, values = (x.double().repeat_interleave(share, 1) for x in (k, v))
     scores = (q.double() @ keys_of.mT * 0.2).masked_fill(~mask, -float("inf"))

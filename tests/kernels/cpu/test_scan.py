@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,26 +23,6 @@ SHAPES = [  # batch, states, sets, tokens, channels, values
 ]
 DECAYS = ("none", "head", "head channel", "token", "channel")
 ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
-
-
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    try:
-        if cpu.use(name) is None:
-            pytest.skip(f"this machine or build has no {name}")
-        yield
-    finally:
-        cpu.use(None)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def problem(
@@ -112,17 +91,15 @@ def check(inputs: list[Tensor | None], seed: int = 1) -> None:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("name", cpu.INSTRUCTION_SETS)
-def test_outputs_states_and_gradients_are_those_of_the_formula(name: str, decay: str) -> None:
-    with instruction_set(name):
+def test_outputs_states_and_gradients_are_those_of_the_formula(engine: Callable, isa: str, decay: str) -> None:
+    with engine(isa):
         for shape in SHAPES:
             check(problem(shape, decay))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", cpu.INSTRUCTION_SETS)
-def test_halves_are_stored_rounded_once_and_computed_in_fp32(name: str, dtype: torch.dtype) -> None:
-    with instruction_set(name):
+def test_halves_are_stored_rounded_once_and_computed_in_fp32(engine: Callable, isa: str, dtype: torch.dtype) -> None:
+    with engine(isa):
         for decay in ("token", "channel"):
             inputs = problem((1, 2, 2, 45, 24, 20), decay, dtype)
             check(inputs)
@@ -133,10 +110,9 @@ def test_halves_are_stored_rounded_once_and_computed_in_fp32(name: str, dtype: t
             assert bool(((out.double() - exact).abs() <= exact.abs() * unit * 1.01 + 1e-5).all())
 
 
-@pytest.mark.parametrize("name", cpu.INSTRUCTION_SETS)
 @pytest.mark.parametrize("value", [1e-7, 3e-6, 6e4, 65519.0, 65521.0, 1e6, torch.inf, torch.nan])
-def test_halves_at_the_ends_of_their_range(name: str, value: float) -> None:
-    with instruction_set(name):
+def test_halves_at_the_ends_of_their_range(engine: Callable, isa: str, value: float) -> None:
+    with engine(isa):
         for dtype in (torch.float16, torch.bfloat16):
             q, one = torch.ones(1, 1, 1, 2, 1, dtype=dtype), torch.ones(1, 1, 2, 1, dtype=dtype)
             start = torch.full((1, 1, 1, 1), value)
@@ -161,12 +137,12 @@ def test_strides_change_no_bit(decay: str) -> None:
 
 @pytest.mark.parametrize("decay", ["token", "channel"])
 @pytest.mark.parametrize(("states", "tokens"), [(1, 2600), (2, 1100), (3, 1030)])
-def test_the_number_of_threads_changes_no_bit(decay: str, states: int, tokens: int) -> None:
+def test_the_number_of_threads_changes_no_bit(engine: Callable, decay: str, states: int, tokens: int) -> None:
     inputs = problem((1, states, 2, tokens, 24, 40), decay)
     dout, dlast = torch.ones(1, states, 2, tokens, 40), torch.ones(1, states, 24, 40)
     results = []
     for count in (1, 2, 7, 2):
-        with threads(count):
+        with engine(threads=count):
             results.append(gradients(scan_native, inputs, dout, dlast))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -17,6 +17,10 @@ struct Gather {
   float scale, softcap;  // softcap 0: none
   const int64_t* lists;
   int64_t list_stride[3], list_heads, list_length, list_group, causal;
+  // Row j of (b, g) is row j % page_size of page table[b, g, j / page_size], batch_stride being that of pages, and a slot at or
+  // past lengths[b, g] is empty; `key_table` has the pages of the keys. Null: rows of k and v themselves.
+  const int64_t *table, *key_table, *lengths;
+  int64_t table_stride[2], key_table_stride[2], page_size;
 };
 
 constexpr int64_t MOST_SLOTS = 512;  // slots of a unit, at most

@@ -33,6 +33,14 @@ def engine_pages(cache: KVPages) -> cpu.Pages:
     )  # fmt: skip
 
 
+def _gathers(q: Tensor, cache: KVPages, left: int, slots: Tensor) -> bool:
+    """Whether the kernel for lists serves the call: one query, which no rule keeps from a listed key, and no codes."""
+    return (
+        cache.bits is None and q.shape[2] == 1 and left < 0
+        and cpu.gathers(q, cache.table.shape[1], cache.dims[1], slots[:, :, None], 1, causal=False)
+    )  # fmt: skip
+
+
 def forward(
     q: Tensor, cache: KVPages, left: int, right: int, softcap: float | None, scale: float,
     workspace: int,  # noqa: ARG001
@@ -40,6 +48,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `eager.forward`; its temporaries are a tile per thread and one result per 512 tokens or more."""
     lists = None
+    if slots is not None and _gathers(q, cache, left, slots):
+        return cpu.gathering(
+            q, cache.k, cache.v, slots[:, :, None], scale=scale, softcap=softcap, pages=engine_pages(cache)
+        )
     if slots is not None:
         lengths = cache.lengths.repeat_interleave(slots.shape[1] // cache.lengths.shape[1], 1)
         lists = slots.masked_fill(slots >= lengths[..., None], -1)[:, :, None]

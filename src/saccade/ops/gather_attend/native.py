@@ -29,7 +29,7 @@ def refuses(call: Mapping[str, Any]) -> str | None:
 def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, lists: Lists) -> tuple[Tensor, Tensor]:
     """As `eager.forward`; poison it keeps apart by itself."""
     group = min(lists.group, lists.queries)
-    if cpu.gathers(q, k, v, lists.indices, group, lists.causal):
+    if cpu.gathers(q, k.shape[1], v.shape[3], lists.indices, group, lists.causal):
         return cpu.gathering(
             q, k, v, lists.indices, scale=lists.scale, group=group, causal=lists.causal, softcap=lists.softcap,
             sinks=sinks,
