@@ -87,7 +87,6 @@ CALLS = {  # what, and a dim for which the scratch takes more than ROOM on every
 }
 
 
-@pytest.mark.parametrize("isa", cpu.INSTRUCTION_SETS)
 @pytest.mark.parametrize("kind", CALLS)
 def test_no_memory_for_scratch_is_a_memory_error(kind: str, isa: str) -> None:
     make, dim = CALLS[kind]
