@@ -77,9 +77,9 @@ def scan(dim: int) -> Callable[[], Tensor]:
 
 
 CALLS = {  # what, and a dim for which the scratch takes more than ROOM on every instruction set
-    "gather": (gather, 2**23),
+    "gather": (gather, 2**25),
     "decode": (decode, 2**20),
-    "boxes by tiles": (boxes("tiles"), 2**21),
+    "boxes by tiles": (boxes("tiles"), 2**23),
     "boxes by rows": (boxes("rows"), 2**21),
     "gradients by tiles": (box_gradients("tiles"), 2**21),
     "gradients by rows": (box_gradients("rows"), 2**21),
