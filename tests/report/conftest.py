@@ -39,7 +39,7 @@ def layer_rows(rng, candidates):
             rng.choice(groups)[3].append(head)
         choices = [
             {"heads": heads, "mechanism": mechanism, "label": label, "density": density,
-             "min_tokens": 0 if mechanism == "dense" else 2048}
+             "min_tokens": 0 if mechanism == "dense" else 2048, "dtype": None}
             for mechanism, label, density, heads in groups if heads
         ]  # fmt: skip
         for row in candidates:
@@ -136,7 +136,14 @@ def dense_report(report):
     """What is left where nothing pays: dense attention everywhere, no trial, no picture."""
     for layer in report["layers"]:
         layer["choices"] = [
-            {"heads": list(range(HEADS)), "mechanism": "dense", "label": "dense", "density": 1.0, "min_tokens": 0}
+            {
+                "heads": list(range(HEADS)),
+                "mechanism": "dense",
+                "label": "dense",
+                "density": 1.0,
+                "min_tokens": 0,
+                "dtype": None,
+            }
         ]
     for row in report["candidates"]:
         row["heads_using"] = 0

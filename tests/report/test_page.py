@@ -156,6 +156,16 @@ def test_dense_everywhere(dense_report):
     assert Parsed(text).all("img") == []
 
 
+def test_heads_computed_in_another_dtype_are_said(dense_report):
+    dense_report["model"]["dtype"] = "float32"
+    assert "rounded to" not in render(dense_report)
+    for layer in dense_report["layers"][:2]:
+        layer["choices"][0] |= {"label": "dense(engine=saccade) in bfloat16", "dtype": "bfloat16"}
+    text = render(dense_report)
+    assert "In 18 heads the queries, keys and values of a prompt are rounded to bfloat16; the model’s own are" in text
+    assert "keeps dense attention in every head" not in text
+
+
 def test_lost_pass_key_is_marked(report):
     assert render(report).count('aria-label="lost"') == 1
 

@@ -245,7 +245,7 @@ def layers(parts: ReportParts) -> list[dict[str, Any]]:
             density = statistics.fmean(scores[number].density[head] for head in heads)
             cells.append({
                 "heads": heads, "mechanism": candidate.mechanism, "label": parts.candidates[number].label,
-                "density": density, "min_tokens": choice.min_tokens,
+                "density": density, "min_tokens": choice.min_tokens, "dtype": choice.dtype,
             })  # fmt: skip
         cache = parts.recipe.layers[name].cache
         words = None if cache is None else in_words(cache.build())
