@@ -69,7 +69,7 @@ def plot_caches(result: CacheBench, path: str | Path) -> None:
         grid[0][column].set_yscale("symlog", linthresh=2)
         grid[-1][column].set_xlabel(f"{AXES[axis]}, part of dense attention's")
         if rows:
-            grid[0][column].legend(fontsize=7, ncol=2, loc="upper right")
+            grid[0][column].legend(fontsize=6, loc="upper right", labelspacing=0.25)
     figure.suptitle(", ".join(f"{name} {value}" for name, value in result.about.items()), fontsize=8)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "saccade"}):
         figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
