@@ -30,9 +30,9 @@ SHAPES = {  # bits, tokens of a group, D, E, channels, query heads of a key/valu
     "odd": (2, 7, 16, 16, 16, 1, 1, True, 5.0),
     "bytes": (8, 18, 32, 80, 16, 1, 3, False, None),
 }
-if "SACCADE_SANITIZED" in os.environ:
-    SHAPES = {name: SHAPES[name] for name in ("kivi4", "odd", "bytes")}
-each_shape = pytest.mark.parametrize("shape", SHAPES)
+each_shape = pytest.mark.parametrize(
+    "shape", ("kivi4", "odd", "bytes") if "SACCADE_SANITIZED" in os.environ else tuple(SHAPES)
+)
 
 
 @contextmanager
