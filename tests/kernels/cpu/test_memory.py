@@ -81,7 +81,7 @@ CALLS = {  # what, and a dim for which the scratch takes more than ROOM on every
     "decode": (decode, 2**20),
     "boxes by tiles": (boxes("tiles"), 2**23),
     "boxes by rows": (boxes("rows"), 2**21),
-    "gradients by tiles": (box_gradients("tiles"), 2**21),
+    "gradients by tiles": (box_gradients("tiles"), 2**22),
     "gradients by rows": (box_gradients("rows"), 2**21),
     "scan": (scan, 2**19),
 }
