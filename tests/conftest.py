@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -45,3 +47,24 @@ def byte_model() -> tuple[Any, Any]:
         )  # fmt: skip
         model = transformers.LlamaForCausalLM(config).eval()
     return model, byte_tokenizer()
+
+
+@contextmanager
+def _engine(isa: str | None = None, threads: int | None = None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        if isa is not None and cpu.use(isa) is None:
+            pytest.skip(f"this machine or build has no {isa}")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        yield
+    finally:
+        if isa is not None:
+            cpu.use(None)
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def engine() -> Callable:
+    """`with engine(isa, threads)`: inside, that instruction set and so many threads; None leaves either as it is."""
+    return _engine

@@ -65,18 +65,25 @@ def test_a_policy_that_needs_weights_gets_those_of_rounded_heads(tiny: Build, id
     assert 1e-4 < float((rounded - exact).norm() / exact.norm()) < 2e-2
 
 
-@pytest.mark.parametrize("prefill", ["dense", "sink_window"])
-def test_heads_share_keys_after_any_prefill(tiny: Build, ids: Tensor, prefill: str) -> None:
-    """CHAI's clusters serve a dense prompt and decoding, and decoding alone where the recipe's prefill is sparse."""
+@pytest.mark.parametrize(
+    "first",
+    [
+        Choice("all", "dense"), Choice("all", "sink_window", {"sinks": 1, "window": 8}),
+        Choice("all", "dense", {"engine": "saccade"}, dtype="bfloat16"),
+    ],
+    ids=["dense", "sparse", "rounded"],
+)  # fmt: skip
+def test_heads_share_keys_after_any_prefill(tiny: Build, ids: Tensor, first: Choice) -> None:
+    """CHAI's clusters serve a dense prompt and decoding, and decoding alone where the recipe changes the prefill."""
     model = tiny()
     base = Recipe.uniform(model, "dense")
-    first = Choice("all", prefill, {} if prefill == "dense" else {"sinks": 1, "window": 8})
     recipe = Recipe(base.model, dict.fromkeys(base.layers, LayerRecipe((first,), (Choice("all", "dense"),))))
     with apply(model, recipe, strict=True), torch.no_grad():
         cache = PagedCache(model, Chai(heads=0.5))
-        model(ids, past_key_values=cache)
+        logits = model(ids, past_key_values=cache).logits
         everything = PagedCache(model, Everything())
-        model(ids, past_key_values=everything)
+        expected = model(ids, past_key_values=everything).logits
+        assert torch.allclose(logits, expected) is (first != Choice("all", "dense"))
         assert cache.nbytes < 0.9 * everything.nbytes
         model(ids[:, :1], past_key_values=cache)
     for layer in cache.layers:

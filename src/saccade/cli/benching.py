@@ -140,7 +140,8 @@ def bench_command(
         "machine": (),
     }  # fmt: skip
     if what not in columns:
-        raise ValueError(f"what={what!r}: expected ops, cache, decode, training or machine")
+        *most, last = columns
+        raise ValueError(f"what={what!r}: expected {', '.join(most)} or {last}")
     machine = describe_machine().to_json()
     with Printed(columns[what], machine, as_json=as_json, markdown=markdown) as printed:
         if what == "ops":

@@ -133,7 +133,7 @@ def passkey_likelihoods(
     """
     results = []
     for prompt in prompts:
-        ids, wanted = with_answer(model, tokenizer, prompt)
+        ids, wanted = with_answer(tokenizer, prompt, model.device)
         hidden = last_hidden_states(model, ids)
         log_prob, found = answer_likelihood(model, hidden[:-1], wanted)
         nll = -float(token_log_probs(model, hidden, ids).double().mean()) if score_text else None
@@ -141,10 +141,10 @@ def passkey_likelihoods(
     return results
 
 
-def with_answer(model: Any, tokenizer: Any, prompt: Passkey) -> tuple[Tensor, Tensor]:
-    """A prompt followed by its answer, int64 `[N]` where the model is, and the answer alone, the end of that."""
+def with_answer(tokenizer: Any, prompt: Passkey, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """A prompt followed by its answer, int64 `[N]` on a device, and the answer alone, the end of that."""
     answer = tokenizer(" " + prompt.answer, add_special_tokens=False).input_ids
-    ids = torch.cat([prompt.ids[0], torch.tensor(answer)]).to(model.device)
+    ids = torch.cat([prompt.ids[0], torch.tensor(answer)]).to(device)
     return ids, ids[-len(answer) :]
 
 

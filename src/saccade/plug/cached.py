@@ -54,7 +54,7 @@ def attend_cached(
     prompt, governed = store.empty and queries > 1, window is None
     if prompt or queries == 1:
         _refuse_mechanism(routes, policy, prompt)
-    if governed and policy.reads_prompts and all(route.mechanism is None for route in routes):
+    if governed and policy.reads_prompts and not any(route.changes for route in routes):
         prompt = False
     step.layer, step.scale, step.softcap, step.lse = layer.number, extras.scale, extras.softcap, None
     store.append(k, v, _present(reading, queries))

@@ -120,31 +120,7 @@ def _choice(value: Any, where: str) -> Choice:
         raise RecipeError(f"{where}.settings={shown(settings)}: dense attention has one, 'engine': {expected}")
     if type(min_tokens) is not int or min_tokens < 0:
         raise RecipeError(f"{where}.min_tokens={shown(min_tokens)}: expected a count of at least 0")
-    dtype = tree.get("dtype")
-    if dtype is not None:
-        check_dtype(mechanism, settings, dtype, where)
-    return Choice(heads, mechanism, settings, min_tokens, dtype)
+    return Choice(heads, mechanism, settings, min_tokens, tree.get("dtype"))
 
 
-def check_dtype(mechanism: str, settings: Mapping[str, Any], dtype: Any, where: str) -> None:
-    """Check that a choice can be computed in `dtype`.
-
-    Args:
-        mechanism: Of the choice.
-        settings: Of the choice.
-        dtype: As in a recipe.
-        where: Names the place in messages.
-
-    Raises:
-        RecipeError: If it is not one of `DTYPES`, or dense attention is the model's own.
-    """
-    if dtype not in DTYPES:
-        raise RecipeError(f"{where}.dtype={shown(dtype)}: expected one of {', '.join(DTYPES)}, or none")
-    if mechanism == DENSE and settings.get("engine", ENGINES[0]) == ENGINES[0]:
-        raise RecipeError(f"{where}.dtype={shown(dtype)}: expected settings {{'engine': 'saccade'}} beside it")
-
-
-__all__ = [
-    "DENSE", "DTYPES", "ENGINES", "Choice", "check_dtype", "cover", "dump_choices", "label",
-    "parse_choices",
-]  # fmt: skip
+__all__ = ["DENSE", "DTYPES", "ENGINES", "Choice", "cover", "dump_choices", "label", "parse_choices"]

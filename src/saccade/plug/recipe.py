@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from saccade.catalog import get
 from saccade.plug.cache_recipe import LayerCache, check_caches, dump_cache, parse_cache
-from saccade.plug.choices import DENSE, DTYPES, ENGINES, Choice, check_dtype, cover, dump_choices, parse_choices
+from saccade.plug.choices import DENSE, DTYPES, ENGINES, Choice, cover, dump_choices, parse_choices
 from saccade.plug.fingerprint import Fingerprint, fingerprint
 from saccade.plug.layers import attention_layers
 from saccade.plug.strict_json import MAX_BYTES, RecipeError, expect_keys, expect_object, parse, shown
@@ -255,13 +255,17 @@ def check_dtypes(layer: LayerRecipe, where: str) -> None:
     Raises:
         RecipeError: Naming the place.
     """
-    for place, choice in enumerate(layer.prefill):
-        if choice.dtype is not None:
-            check_dtype(choice.mechanism, choice.settings, choice.dtype, f"{where}.prefill[{place}]")
-    for place, choice in enumerate(layer.decode):
-        if choice.dtype is not None:
-            found = f"{where}.decode[{place}].dtype={shown(choice.dtype)}"
-            raise RecipeError(f"{found}: expected none, a cache says what it stores keys and values in")
+    for phase in PHASES:
+        for place, choice in enumerate(getattr(layer, phase)):
+            if choice.dtype is None:
+                continue
+            found = f"{where}.{phase}[{place}].dtype={shown(choice.dtype)}"
+            if phase == "decode":
+                raise RecipeError(f"{found}: expected none, a cache says what it stores keys and values in")
+            if choice.dtype not in DTYPES:
+                raise RecipeError(f"{found}: expected one of {', '.join(DTYPES)}, or none")
+            if choice.mechanism == DENSE and choice.settings.get("engine", ENGINES[0]) == ENGINES[0]:
+                raise RecipeError(f"{found}: expected settings {{'engine': 'saccade'}} beside it")
 
 
 def _fingerprint(value: Any) -> Fingerprint:

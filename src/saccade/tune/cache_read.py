@@ -82,7 +82,7 @@ def tail_answers(
 
     results = []
     for prompt in prompts:
-        ids, answer = with_answer(model, tokenizer, prompt)
+        ids, answer = with_answer(tokenizer, prompt, model.device)
         tail = tail_length(ids.shape[0])
         hidden, cache = read_tail(model, ids, tail, make_cache())
         log_prob, found = answer_likelihood(model, hidden, answer)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.models.passkey import Passkey
+from saccade.models.passkey import Passkey, with_answer
 from saccade.models.tasks import last_hidden_states
 from saccade.plug import Observation, Recipe, watch
 from saccade.tune.candidates import Candidate
@@ -31,11 +31,10 @@ class Calibration:
     @classmethod
     def from_passkey(cls, prompt: Passkey, tokenizer: Any) -> Calibration:
         """The prompt with its right answer; the focus is where the answer's tokens are predicted."""
-        answer = torch.tensor([tokenizer(" " + prompt.answer, add_special_tokens=False).input_ids])
-        ids = torch.cat([prompt.ids, answer], 1)
-        focus = torch.zeros(ids.shape[1], dtype=torch.bool)
-        focus[prompt.ids.shape[1] - 1 : -1] = True
-        return cls(ids, focus)
+        ids, answer = with_answer(tokenizer, prompt)
+        focus = torch.zeros(len(ids), dtype=torch.bool)
+        focus[-len(answer) - 1 : -1] = True
+        return cls(ids[None], focus)
 
 
 def score_model(

@@ -141,8 +141,8 @@ def _score_whole(inputs: LayerInputs, candidate: Candidate, dense: Tensor, repea
         out, seconds = _timed(lambda: attention(*_qkv(inputs), inputs.scale), repeats)
     errors, damage = compare_outputs(out, dense, inputs)
     tokens, heads = inputs.q.shape[2], inputs.q.shape[1]
-    density = (density_of(records) or 0.0) / repeats * 2 * tokens / (tokens + 1)
-    density = 1.0 if candidate.mechanism == DENSE else density
+    computed = (density_of(records) or 0.0) / repeats * 2 * tokens / (tokens + 1)
+    density = 1.0 if candidate.mechanism == DENSE else computed
     select = sum(run.select_seconds for run in records) / repeats
     return CandidateScore(seconds, select, [density] * heads, errors, damage)
 

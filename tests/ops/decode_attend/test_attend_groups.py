@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -33,16 +32,6 @@ SHAPES = {  # bits, tokens of a group, D, E, channels, query heads of a key/valu
 each_shape = pytest.mark.parametrize(
     "shape", ("kivi4", "odd", "bytes") if "SACCADE_SANITIZED" in os.environ else tuple(SHAPES)
 )
-
-
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    try:
-        if cpu.use(name) is None:
-            pytest.skip(f"this machine or build has no {name}")
-        yield
-    finally:
-        cpu.use(None)
 
 
 def problem(shape: str, dtype: torch.dtype = torch.float32, heads: int = 2) -> tuple[Tensor, KVGroups]:
@@ -112,14 +101,14 @@ def formula(q: Tensor, groups: KVGroups, softcap: float | None) -> tuple[Tensor,
 @pytest.mark.parametrize("impl", ["eager", "reference", *(f"cpu {name}" for name in cpu.INSTRUCTION_SETS)])
 @each_shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_formula(impl: str, shape: str, dtype: torch.dtype) -> None:
+def test_the_formula(impl: str, shape: str, dtype: torch.dtype, engine: Callable) -> None:
     if impl.startswith("cpu") and cpu.missing() is not None:
         pytest.skip(f"no C++ engine: {cpu.missing()}")
     q, groups = problem(shape, dtype)
     softcap = SHAPES[shape][-1]
     expected, expected_lse = formula(q, groups, softcap)
     if impl.startswith("cpu"):
-        with instruction_set(impl.split()[1]):
+        with engine(impl.split()[1]):
             out, lse = attend_groups(q, groups, softcap=softcap, impl="cpu")
     else:
         out, lse = attend_groups(q, groups, softcap=softcap, impl=impl)
@@ -150,7 +139,7 @@ def test_what_no_head_has_is_not_looked_at(shape: str) -> None:
 
 
 @needs_engine
-def test_cuts_and_threads() -> None:
+def test_cuts_and_threads(engine: Callable) -> None:
     """Many groups in several cuts, heads of different lengths: the formula, and the same bits on 1, 2 and 7 threads."""
     q, groups = problem("kivi")
     table = groups.table.repeat(1, 1, 40)
@@ -165,10 +154,8 @@ def test_cuts_and_threads() -> None:
     )
     results = []
     for threads in (1, 2, 7):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        results.append(attend_groups(q, groups, impl="cpu"))
-        torch.set_num_threads(before)
+        with engine(threads=threads):
+            results.append(attend_groups(q, groups, impl="cpu"))
     for out, lse in results:
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-5)
         assert torch.equal(out, results[0][0])

@@ -87,9 +87,8 @@ def key_products(x: Tensor, store: KVStore) -> Tensor:
     wide = x.to(accumulation_dtype(store.dtype))
     stored = store.dtype if store.storage.dtype is None else store.storage.dtype
     high = wide.to(stored)
-    pieces = (
-        [high] if stored == wide.dtype else [high, (wide - high.to(wide.dtype)).to(stored)]
-    )  # 16 bits of it and more
+    # Rounded to 16 bits x would lose more than keys have: its rest is a query of its own.
+    pieces = [high] if stored == wide.dtype else [high, (wide - high.to(wide.dtype)).to(stored)]
     heads = torch.stack(pieces, 2).flatten(1, 2)[:, :, None]
     return score_stored(heads, store, scale=1.0)[:, :, 0].unflatten(1, (-1, len(pieces))).sum(2)
 

@@ -59,7 +59,7 @@ class CachePolicy(ABC):
     Attributes:
         stats: Names of numbers that the store keeps for each token (`KVStore.stat`).
         needs_lse: Whether `keep` needs `step.lse`, and with it calls whose attention was dense.
-        reads_prompts: Whether a prompt that is not sparse, too, attends through the store, as `attend_stored` reads it.
+        reads_prompts: Whether prompts, too, attend through the store, unless a recipe has them sparse or rounded.
     """
 
     card: ClassVar[Card]

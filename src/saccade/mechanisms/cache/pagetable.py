@@ -77,6 +77,7 @@ class PageTable:
         self.layout = layout
         self.table = torch.zeros(batch, heads, 0, dtype=torch.int64, device=arena.device)
         self.lengths = torch.zeros(batch, heads, dtype=torch.int64, device=arena.device)
+        self._held = layout  # of it, what the arena's pages have
         self._base: Tensor | None = None
         self._parts: dict[str, Tensor] = {}
 
@@ -95,7 +96,7 @@ class PageTable:
         """Every part of all the arena's pages, views `[P, size, width]`."""
         if self._base is not self.arena.bytes:
             self._base = self.arena.bytes
-            self._parts = self.layout.views(self._base)
+            self._parts = self._held.views(self._base)
         return self._parts
 
     def find(self, slots: Slots) -> tuple[Tensor, Tensor]:

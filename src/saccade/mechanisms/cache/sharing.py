@@ -52,16 +52,8 @@ class SharedKeyTable(PageTable):
     def __init__(self, arena: Arena, layout: PageLayout, keys: PageTable, leader: Tensor) -> None:
         self.keys, self.leader = keys, leader
         self.follows, self.shares = torch.zeros_like(leader, dtype=torch.bool), False
-        self._others = without_keys(layout)
         super().__init__(arena, layout, *leader.shape)
-
-    @property
-    def parts(self) -> dict[str, Tensor]:
-        """Every part but those of keys, views `[P, size, width]`."""
-        if self._base is not self.arena.bytes:
-            self._base = self.arena.bytes
-            self._parts = self._others.views(self._base)
-        return self._parts
+        self._held = without_keys(layout)
 
     def share(self, leader: Tensor) -> None:
         """Let heads read the keys of those that lead them, int64 `[B, G]`; those of the others are freed."""

@@ -55,15 +55,7 @@ class TieredTable(PageTable):
 
     def __init__(self, arena: TieredArena, layout: PageLayout, batch: int, heads: int) -> None:
         super().__init__(arena, layout, batch, heads)
-        self._near = split(layout, near=True)
-
-    @property
-    def parts(self) -> dict[str, Tensor]:
-        """The small parts of all pages, views `[P, size, width]`."""
-        if self._base is not self.arena.bytes:
-            self._base = self.arena.bytes
-            self._parts = self._near.views(self._base)
-        return self._parts
+        self._held = split(layout, near=True)
 
     def frames(self) -> dict[str, Tensor]:
         """The parts in frames, views `[frames, size, width]`."""
@@ -71,7 +63,7 @@ class TieredTable(PageTable):
 
     def whole(self, name: str) -> Tensor:
         """As `PageTable.whole`, a few pages at a time."""
-        if name in self._near.parts:
+        if name in self._held.parts:
             return super().whole(name)
         used, part = self._used(), self.layout.parts[name]
         pages = self.table[:, :, : used.shape[2]].masked_fill(~used, -1)
@@ -82,7 +74,7 @@ class TieredTable(PageTable):
 
     def read(self, name: str, where: tuple[Tensor, Tensor]) -> Tensor:
         """As `PageTable.read`, a few pages at a time."""
-        if name in self._near.parts:
+        if name in self._held.parts:
             return self.parts[name][where]
         pages, rows = (x.flatten() for x in torch.broadcast_tensors(*where))
         part = self.layout.parts[name]
@@ -93,8 +85,8 @@ class TieredTable(PageTable):
 
     def write(self, slots: Slots, parts: dict[str, Tensor]) -> None:
         """As `PageTable.write`, a few pages at a time."""
-        far = {name: x for name, x in parts.items() if name not in self._near.parts}
-        super().write(slots, {name: x for name, x in parts.items() if name in self._near.parts})
+        far = {name: x for name, x in parts.items() if name not in self._held.parts}
+        super().write(slots, {name: x for name, x in parts.items() if name in self._held.parts})
         if not far:
             return
         pages, rows = (x.flatten() for x in torch.broadcast_tensors(*self.find(slots)))
