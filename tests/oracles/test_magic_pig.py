@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saccade.mechanisms.cache import _hash_tables
 from saccade.mechanisms.cache.attention import CachedAttention
 from saccade.mechanisms.cache.magic_pig import MagicPIG
 
@@ -54,11 +55,16 @@ def inputs(heads: int, groups: int, tokens: int) -> tuple[Tensor, Tensor, Tensor
     return q, k, v
 
 
+@pytest.mark.parametrize("tail", [0, 10**9])
 @pytest.mark.parametrize(
     ("heads", "groups", "bits", "tables", "sinks", "local"),
     [(4, 2, 2, 4, 2, 3), (2, 1, 3, 6, 0, 1), (2, 2, 0, 2, 1, 1)],
 )
-def test_matches_the_oracle(heads: int, groups: int, bits: int, tables: int, sinks: int, local: int) -> None:
+def test_matches_the_oracle(
+    monkeypatch: pytest.MonkeyPatch, heads: int, groups: int, bits: int, tables: int, sinks: int, local: int, tail: int
+) -> None:
+    """With tokens that left the window compared, or taken into the tables at once."""
+    monkeypatch.setattr(_hash_tables, "TAIL", tail)
     q, k, v = inputs(heads, groups, 22)
     policy = MagicPIG(bits=bits, tables=tables, sinks=sinks, local=local, dense_layers=())
     layer = CachedAttention(policy)
@@ -80,6 +86,40 @@ def test_the_probability_is_that_of_the_hashes() -> None:
     expected = 1 - (1 - once) ** 5 - 5 * once * (1 - once) ** 4
     assert float(policy.probability(torch.tensor(0.5, dtype=torch.float64))) == pytest.approx(expected)
     assert hits / draws == pytest.approx(expected, abs=0.06)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_long_text_in_a_padded_batch(dtype: torch.dtype) -> None:
+    """Tables that took the tail in several times, sequences of different lengths: each reads what it reads alone."""
+    policy = MagicPIG(bits=2, tables=5, sinks=1, local=3, dense_layers=())
+    q, k, v = (x.to(dtype) for x in inputs(4, 2, 90))
+    sizes, padding = [20] + [1] * 70, 7
+    present = torch.ones(2, 20, dtype=torch.bool)
+    present[1, :padding] = False
+    layer, alone = CachedAttention(policy), CachedAttention(policy)
+    pieces = list(zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True))
+    out = [layer(*part, present=None if number else present) for number, part in enumerate(pieces)]
+    for number, part in enumerate(pieces):
+        own = alone(*(x[1:, :, 0 if number else padding :] for x in part))
+        together = out[number][1:, :, 0 if number else padding :]
+        torch.testing.assert_close(together, own, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.02)
+    kept = layer.kept.derived["hash tables"].tensors
+    assert kept["slots"].shape[3] > 21
+    assert kept["filled"].tolist() != [[0, 0], [0, 0]]
+
+
+def test_bytes_of_the_tables_are_held_and_let_go() -> None:
+    """Two bytes for each slot in each table, two for where a bucket begins; gone once slots move."""
+    q, k, v = inputs(2, 1, 40)
+    layer = CachedAttention(MagicPIG(bits=3, tables=4, dense_layers=()))
+    layer(*(x[:, :, :39] for x in (q, k, v)))
+    before = layer.nbytes
+    layer(*(x[:, :, 39:] for x in (q, k, v)))
+    tables = 2 * 4 * (40 + 2**3 + 1) * 2
+    assert layer.nbytes - before == tables + 2 * (8 + 40) * 8 + 2 * 8  # mean and norms in fp64, what is in the tail
+    layer.kept.crop(1)
+    layer(*(x[:, :, 39:] for x in (q, k, v)))
+    assert layer.nbytes - before == tables + 2 * (8 + 40) * 8 + 2 * 8
 
 
 def test_bad_settings() -> None:

@@ -94,9 +94,12 @@ def listed(chosen: Tensor, slots: int) -> TokenIndex:
 
 def slots_of(mask: Tensor) -> Tensor:
     """The places of `mask` `[.., n]` that are True, int64 `[.., K]`; -1 fills up short rows."""
-    count = max(1, int(mask.sum(-1).max()))
-    order = mask.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    return order.masked_fill(~mask.gather(-1, order), -1)
+    counts = mask.sum(-1)
+    slots = torch.full((*counts.shape, max(1, int(counts.max()))), -1, device=mask.device)
+    *rows, column = mask.nonzero(as_tuple=True)
+    before = (counts.flatten().cumsum(0) - counts.flatten()).repeat_interleave(counts.flatten())
+    slots[(*rows, torch.arange(len(column), device=mask.device) - before)] = column
+    return slots
 
 
 def between(first: Tensor, stop: Tensor) -> Tensor:
@@ -131,7 +134,7 @@ def of_each_token(store: KVStore, name: str, make: Callable[[Tensor], Tensor], s
     old = kept.tensors.get("rows")
     if old is None:
         old = fresh.new_zeros(*fresh.shape[:2], 0, fresh.shape[3])
-    rows = _room(old, len(store), 0)
+    rows = room(old, len(store), 0)
     inside = (slots < store.lengths[..., None]).nonzero(as_tuple=True)
     rows[inside[0], inside[1], slots[inside]] = fresh[inside]
     kept.tensors["rows"], kept.lengths = rows, store.lengths
@@ -156,7 +159,7 @@ def page_bounds(store: KVStore, size: int, step: Step) -> tuple[Tensor, Tensor]:
     bounds = []
     for name, least, worst in (("low", "amin", torch.inf), ("high", "amax", -torch.inf)):
         old = kept.tensors.get(name)
-        grown = _room(keys.new_zeros(*keys.shape[:2], 0, keys.shape[3]) if old is None else old, pages, worst)
+        grown = room(keys.new_zeros(*keys.shape[:2], 0, keys.shape[3]) if old is None else old, pages, worst)
         kept.tensors[name] = grown.scatter_reduce_(2, page, keys.masked_fill(hidden, worst), least)
         bounds.append(grown[:, :, :pages])
     kept.lengths = store.lengths
@@ -178,13 +181,13 @@ def _begin(store: KVStore, name: str, step: Step) -> tuple[Derived, Tensor, Tens
     return kept, slots, store.gather(slots.clamp(max=len(store) - 1).where(slots < store.lengths[..., None], -1))[0]
 
 
-def _room(x: Tensor, rows: int, filler: float) -> Tensor:
+def room(x: Tensor, rows: int, filler: float) -> Tensor:
     """`x` `[B, G, R, W]`, or a larger copy where R is less than `rows`."""
     have = x.shape[2]
     if have >= rows:
         return x
-    room = rows + (rows // 8 + SLACK if have else 0)
-    larger = x.new_full((*x.shape[:2], room, x.shape[3]), filler)
+    wanted = rows + (rows // 8 + SLACK if have else 0)
+    larger = x.new_full((*x.shape[:2], wanted, x.shape[3]), filler)
     larger[:, :, :have] = x
     return larger
 
@@ -201,6 +204,7 @@ __all__ = [
     "page_bounds",
     "per_query_head",
     "recall",
+    "room",
     "scores",
     "slots_of",
 ]

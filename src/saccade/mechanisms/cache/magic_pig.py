@@ -14,17 +14,24 @@ from saccade.mechanisms.base import require
 from saccade.mechanisms.cache._derived import (
     Derived,
     StepSelection,
+    between,
     key_nbytes,
-    of_each_token,
     per_query_head,
     recall,
+    room,
     slots_of,
 )
+from saccade.mechanisms.cache._hash_tables import extend, hashed, met, tables_of
 from saccade.mechanisms.cache.base import Step
 from saccade.mechanisms.cache.reading import WeightedSlots
 from saccade.mechanisms.cache.store import KVStore
 from saccade.ops.checks import accumulation_dtype
 from saccade.types import Kind, Pattern
+
+TABLES = "hash tables"
+
+ROWS = 256
+"""Vectors that are hashed at once: their projections then lie in a core's cache."""
 
 
 @register(
@@ -42,16 +49,18 @@ from saccade.types import Kind, Pattern
     effects=frozenset({"selecting"}),
     deviations=(
         (
-            "All codes are compared (2 bytes a table and token, held beside the store), where the authors look up "
-            "sorted tables on the host; the sample is the same."
+            "Tables lie beside the store in the same memory (2 bytes a table and slot, 4 from 32,768 slots on, and as "
+            "much for where a bucket begins), and all tokens of the prompt are in them; the authors keep them and the "
+            "keys on the host, without the first and last tokens. The sample is the same."
         ),
         (
             "Sampled keys and values are copied and weighted in PyTorch: no engine adds a number to each score. The "
             "same tokens are read."
         ),
         (
-            "Tokens decoded after the prompt are hashed once they leave the local window; the authors attend to all of "
-            "them. The mean of keys is that of all tokens stored when the first is decoded, not of the middle alone."
+            "Tokens decoded after the prompt are hashed once they leave the local window: their codes are compared "
+            "until the tables take them in, many at once; the authors attend to all of them. The mean of keys is that "
+            "of all tokens stored when the first is decoded, not of the middle alone."
         ),
         "The authors add 1e-4 to the probability inside the logarithm; here it is exact.",
     ),
@@ -70,7 +79,8 @@ class MagicPIG(StepSelection):
     A table's hash is the signs of `bits` random projections; key j, less the keys' mean, meets the query in one table
     with probability `p = (1 - angle / pi)^bits`, and in two or more of L with
     `u = 1 - (1 - p)^L - L p (1 - p)^(L - 1)`. A sampled key's score becomes `q k^T scale - log u`, so that sums over
-    the sample estimate sums over all keys; `bits = 0` samples all with u = 1. Projections are drawn from `seed`.
+    the sample estimate sums over all keys; `bits = 0` samples all with u = 1. Projections are drawn from `seed`. A step
+    looks up one bucket of each table (`_hash_tables.py`); tables are sorted when the first token is decoded.
 
     Args:
         bits: Bits of a hash, K; at most 15.
@@ -101,45 +111,67 @@ class MagicPIG(StepSelection):
 
     def select(self, q: Tensor, store: KVStore, step: Step) -> WeightedSlots:
         """Slots to read `[B, H, K]`, and -log u of those that were sampled."""
-        mean = self._mean(store, step)
-        wide = q[:, :, 0].to(mean.dtype)
-        codes = of_each_token(store, "hashes", lambda keys: self.hashes(keys.to(mean.dtype) - mean), step)
-        step.choosing += codes.nbytes
-        met = (per_query_head(codes, q) == self.hashes(wide[:, :, None])).sum(-1) >= 2
+        kept = self._tables(store, step)
+        mean, norms = kept.tensors["mean"], kept.tensors["norms"][..., 0]
+        query = q[:, :, 0].to(mean.dtype)
+        hits = met(kept.tensors, self.hashes(query), len(store), step)
         positions = store.positions
         always = (positions < self.sinks) | (positions >= store.seen[:, None, None] - self.local)
-        slots = slots_of((met | per_query_head(always, q)) & per_query_head(store.present, q))
-        keys = store.gather(slots)[0].to(mean.dtype) - per_query_head(mean, q)
-        cosine = torch.cosine_similarity(keys, wide[:, :, None], dim=-1, eps=torch.finfo(mean.dtype).tiny)
-        bias = -self.probability(cosine).clamp(min=torch.finfo(mean.dtype).tiny).log()
+        slots = slots_of((hits | per_query_head(always, q)) & per_query_head(store.present, q))
         certain = per_query_head(always, q).gather(2, slots.clamp(min=0)) | (slots < 0)
-        return WeightedSlots(slots, bias.masked_fill(certain, 0.0))
+        step.choosing += int((~certain).sum()) * norms.itemsize
+        lengths = query.norm(dim=-1, keepdim=True) * per_query_head(norms, q).gather(2, slots.clamp(min=0))
+        offset = (query * per_query_head(mean, q)[:, :, 0]).sum(-1, keepdim=True)
+
+        def bias(products: Tensor) -> Tensor:
+            tiny = torch.finfo(products.dtype).tiny
+            u = self.probability((products - offset) / lengths.clamp(min=tiny))
+            return -u.clamp(min=tiny).log().masked_fill(certain, 0.0)
+
+        return WeightedSlots(slots, bias)
 
     def hashes(self, x: Tensor) -> Tensor:
         """`[.., D]` to the codes int16 `[.., tables]`."""
-        signs = x @ _projections(x.shape[-1], self.bits * self.tables, self.seed).to(x) > 0
-        powers = 2 ** torch.arange(self.bits, device=x.device)
-        return (signs.unflatten(-1, (self.tables, self.bits)) * powers).sum(-1).to(torch.int16)
+        planes = _projections(x.shape[-1], self.bits * self.tables, self.seed, x.dtype, x.device)
+        powers = 2 ** torch.arange(self.bits, device=x.device, dtype=x.dtype)
+        codes = [
+            ((some @ planes > 0).to(x.dtype).unflatten(-1, (self.tables, self.bits)) @ powers).to(torch.int16)
+            for some in x.reshape(-1, x.shape[-1]).split(ROWS)
+        ]
+        return torch.cat(codes).view(*x.shape[:-1], self.tables)
 
     def probability(self, cosine: Tensor) -> Tensor:
         """Of a key at this cosine to the query to be sampled."""
         once = (1 - torch.arccos(cosine.clamp(-1, 1)) / math.pi) ** self.bits
         return 1 - (1 - once) ** self.tables - self.tables * once * (1 - once) ** (self.tables - 1)
 
-    def _mean(self, store: KVStore, step: Step) -> Tensor:
-        """Of each head's keys when the first token is decoded, `[B, G, 1, D]`."""
-        kept = recall(store, "mean key")
+    def _tables(self, store: KVStore, step: Step) -> Derived:
+        """Tables of the slots there were when the first token was decoded, and of those that left the window since."""
+        kept = recall(store, TABLES)
         if kept is None:
-            step.choosing += int(store.lengths.sum()) * key_nbytes(store)
             keys = store.keys.to(accumulation_dtype(store.dtype))
+            step.choosing += int(store.lengths.sum()) * key_nbytes(store)
             mean = keys.sum(2, keepdim=True) / store.lengths.clamp(min=1)[..., None, None]
-            kept = store.derived["mean key"] = Derived(store.changes, {"mean": mean})
-        return kept.tensors["mean"]
+            keys -= mean
+            tensors = tables_of(self.hashes(keys), store.lengths, 2**self.bits)
+            tensors |= {"mean": mean, "norms": keys.norm(dim=-1, keepdim=True)}
+            kept = store.derived[TABLES] = Derived(store.changes, tensors)
+        norms = kept.tensors["norms"] = room(kept.tensors["norms"], len(store), 0)
+        slots = between(hashed(kept.tensors), store.lengths - self.local)  # what was decoded since lies in order
+        if slots.shape[2]:
+            entry, head, number = (slots >= 0).nonzero(as_tuple=True)
+            step.choosing += len(entry) * key_nbytes(store)
+            keys = store.gather(slots)[0].to(norms.dtype) - kept.tensors["mean"]
+            norms[entry, head, slots[entry, head, number], 0] = keys.norm(dim=-1)[entry, head, number]
+            counts = (slots >= 0).sum(-1)
+            kept.tensors |= extend(kept.tensors, self.hashes(keys), counts)
+        return kept
 
 
 @cache
-def _projections(dim: int, count: int, seed: int) -> Tensor:
-    return torch.randn(dim, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def _projections(dim: int, count: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    planes = torch.randn(dim, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return planes.to(device, dtype)
 
 
 __all__ = ["MagicPIG"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,11 +106,12 @@ class WeightedSlots:
 
     Args:
         slots: int64 `[B, H, K]`; -1 is an empty place.
-        bias: `[B, H, K]`, floating point.
+        bias: `[B, H, K]`, floating point, or what makes it of the products `q k^T` `[B, H, K]`, which are known once
+            the keys are read.
     """
 
     slots: Tensor
-    bias: Tensor
+    bias: Tensor | Callable[[Tensor], Tensor]
 
 
 def attend_weighted(
@@ -130,15 +132,19 @@ def attend_weighted(
         `out` `[B, H, 1, E]` in q's dtype, and `lse` `[B, H, 1]`; 0 and -inf where a list is empty.
     """
     dtype = accumulation_dtype(q.dtype)
-    keys, values = store.gather(chosen.slots)
-    scores = (keys.to(dtype) @ q.to(dtype).transpose(-1, -2))[..., 0] * resolve_scale(scale, q.shape[3])
+    empty = chosen.slots < 0
+    keys, values = store.gather(
+        chosen.slots.where(~empty, chosen.slots.amax(-1, keepdim=True))
+    )  # one of the list again
+    products = (keys.to(dtype) @ q.to(dtype).transpose(-1, -2))[..., 0]
+    bias = chosen.bias if isinstance(chosen.bias, Tensor) else chosen.bias(products)
+    scores = products * resolve_scale(scale, q.shape[3])
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    empty = chosen.slots < 0
-    scores = (scores + chosen.bias.to(dtype)).masked_fill(empty, -torch.inf)
+    scores = (scores + bias.to(dtype)).masked_fill(empty, -torch.inf)
     lse = scores.logsumexp(-1, keepdim=True)
     weights = torch.exp(scores - lse).masked_fill(empty | (lse == -torch.inf), 0.0)
-    out = weights[:, :, None] @ values.to(dtype).masked_fill(empty[..., None], 0.0)
+    out = (weights[:, :, None] @ values.to(dtype)).masked_fill(lse[..., None] == -torch.inf, 0.0)
     return AttentionOutput(out.to(q.dtype), lse)
 
 
