@@ -23,7 +23,7 @@ from saccade.mechanisms.cache.sink_recent import SinkRecent
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.tiers import Disk, TierError
 from saccade.mechanisms.cache.vattention import VAttention
-from saccade.plug import PagedCache, Recipe, apply
+from saccade.plug import LayerCache, PagedCache, Recipe, apply
 
 Build = Callable[..., Any]
 SMALL = Storage(page=4)
@@ -66,6 +66,18 @@ def test_generation_is_the_same(tiny: Build, ids: Tensor, policy: CachePolicy, b
     assert caches[1].away_nbytes > 0
     assert caches[1].nbytes < 0.6 * caches[0].nbytes  # Quest has its bounds of pages in memory too
     assert list(tmp_path.iterdir()) == []
+
+
+@torch.no_grad()
+def test_a_recipe_s_cache_in_a_tier(tiny: Build, ids: Tensor, tmp_path: Path) -> None:
+    model = tiny()
+    recipe = Recipe.uniform(model, "dense", cache=LayerCache(store=SMALL))
+    with apply(model, recipe):
+        near, far = recipe.make_cache(model), recipe.make_cache(model, tier=Disk(tmp_path, resident=0.2))
+        found = [torch.cat(greedy(model, cache, ids, 4), 1) for cache in (near, far)]
+    assert torch.equal(*found)
+    assert far.away_nbytes > 0
+    assert far.nbytes < near.nbytes
 
 
 @torch.no_grad()

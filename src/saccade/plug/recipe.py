@@ -36,6 +36,7 @@ from saccade.plug.layers import attention_layers
 from saccade.plug.strict_json import MAX_BYTES, RecipeError, expect_keys, expect_object, parse, shown
 
 if TYPE_CHECKING:
+    from saccade.mechanisms.cache.tiers import Tier
     from saccade.plug.cache import PagedCache
 
 VERSION = 3
@@ -114,17 +115,18 @@ class Recipe:
             return 3
         return 2 if self.has_cache else 1
 
-    def make_cache(self, model: Any) -> PagedCache:
+    def make_cache(self, model: Any, tier: Tier | None = None) -> PagedCache:
         """The cache that this recipe asks for: `model.generate(**inputs, past_key_values=recipe.make_cache(model))`.
 
         Args:
             model: The model that this recipe is applied to.
+            tier: Where pages live that are not read: a matter of the machine, so no part of a recipe; None for memory.
 
         Returns:
             An empty cache. Layers without a `cache` keep everything.
 
         Raises:
-            ValueError: If no recipe is applied to the model.
+            ValueError: If no recipe is applied to the model, or a policy has no tier.
             RecipeError: If a policy is unknown, not of its axis, or a setting out of range.
         """
         from saccade.plug.cache import PagedCache
@@ -138,7 +140,7 @@ class Recipe:
                 if not isinstance(number, int) or number >= len(policies):
                     raise RecipeError(f"layers[{shown(name)}].cache: the model's layer of this name has no cache")
                 policies[number] = layer.cache.build(f"layers[{shown(name)}].cache")
-        return PagedCache(model, policies)
+        return PagedCache(model, policies, tier)
 
     def to_json(self) -> str:
         """The recipe as JSON; `from_json` gives back an equal one.
