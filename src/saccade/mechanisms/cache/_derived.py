@@ -5,17 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
 
 from saccade.mechanisms.cache.base import CachePolicy, Choice, Step
 from saccade.mechanisms.cache.store import KEY, KVStore
-from saccade.ops.checks import accumulation_dtype
-from saccade.types import TokenIndex
+from saccade.ops import decode_scores
+from saccade.types import KVPages, TokenIndex
 
 SLACK = 16
 """Rows to spare, beside an eighth, when a summary of slots grows."""
+
+LONG = 32
+"""Lists of more than so small a part of all slots are put in order by a mark on each slot, shorter ones by sorting."""
 
 
 class StepSelection(CachePolicy):
@@ -69,11 +73,21 @@ def key_nbytes(store: KVStore) -> int:
     return sum(parts[name].width * parts[name].dtype.itemsize for name in KEY if name in parts)
 
 
-def scores(q: Tensor, keys: Tensor) -> Tensor:
-    """`q k^T` of one query per head, `[B, H, n]` in fp32 (fp64 for fp64), of keys `[B, G, n, D]`."""
-    dtype = accumulation_dtype(q.dtype)
-    grouped = q[:, :, 0].to(dtype).unflatten(1, (keys.shape[1], -1))
-    return (grouped @ keys.to(dtype).transpose(-1, -2)).flatten(1, 2)
+def scores(q: Tensor, keys: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """`q k^T` of one query per head and what stands for tokens, which is read in place.
+
+    Args:
+        q: `[B, H, 1, D]`.
+        keys: `[B, G, n, D]`.
+        lengths: int64 `[B, G]`, how many of them a head has, n the most; None for all.
+
+    Returns:
+        `[B, H, n]` in fp32 (fp64 for fp64); -inf past a head's length.
+    """
+    rows = keys.flatten(0, 1)
+    table = torch.arange(len(rows), device=keys.device).view(*keys.shape[:2], 1)
+    lengths = torch.full_like(table[..., 0], keys.shape[2]) if lengths is None else lengths
+    return decode_scores(q.to(keys.dtype), KVPages(rows, rows, table, lengths), scale=1.0)[:, :, 0]
 
 
 def per_query_head(x: Tensor, q: Tensor) -> Tensor:
@@ -83,8 +97,13 @@ def per_query_head(x: Tensor, q: Tensor) -> Tensor:
 
 def highest(ranks: Tensor, count: int, slots: int) -> TokenIndex:
     """The `count` highest of `[B, L, n]` as a list of slots in order; -inf is never among them."""
-    best, chosen = ranks.topk(min(count, ranks.shape[-1]), dim=-1)
-    return listed(chosen.masked_fill(best == -torch.inf, -1), slots)
+    best, chosen = ranks.topk(min(count, ranks.shape[-1]), dim=-1, sorted=False)
+    if LONG * chosen.shape[-1] < slots or bool((best == -torch.inf).any()):
+        return listed(chosen.masked_fill(best == -torch.inf, -1), slots)
+    marks = torch.zeros(*chosen.shape[:-1], slots, dtype=torch.bool, device=ranks.device)
+    marks.scatter_(-1, chosen, value=True)
+    first = torch.arange(0, marks.numel(), slots, device=ranks.device).view(*chosen.shape[:-1], 1)
+    return TokenIndex((marks.flatten().nonzero().view_as(chosen) - first)[:, :, None], 1, slots)
 
 
 def listed(chosen: Tensor, slots: int) -> TokenIndex:
@@ -153,14 +172,20 @@ def page_bounds(store: KVStore, size: int, step: Step) -> tuple[Tensor, Tensor]:
         Two tensors `[B, G, ceil(n / size), D]` in the dtype of keys; inf and -inf on pages past a head's length.
     """
     kept, slots, keys = _begin(store, f"pages of {size}", step)
-    pages = -(-len(store) // size)
-    page = (slots.clamp(max=len(store) - 1) // size)[..., None].expand_as(keys)
+    pages, first = -(-len(store) // size), slots[..., :1] // size
+    place = (slots.clamp(max=len(store) - 1) // size - first).clamp(min=0)
+    touched = first + torch.arange(int(place.max()) + 1, device=keys.device)
+    inside = (touched * size < store.lengths[..., None]).nonzero(as_tuple=True)
+    rows = inside[0], inside[1], touched[inside]
     hidden = (slots >= store.lengths[..., None])[..., None]
     bounds = []
-    for name, least, worst in (("low", "amin", torch.inf), ("high", "amax", -torch.inf)):
+    for name, of_two, least, worst in (("low", torch.minimum, "amin", inf), ("high", torch.maximum, "amax", -inf)):
+        fresh = keys.new_full((*touched.shape, keys.shape[3]), worst)
+        fresh.scatter_reduce_(2, place[..., None].expand_as(keys), keys.masked_fill(hidden, worst), least)
         old = kept.tensors.get(name)
         grown = room(keys.new_zeros(*keys.shape[:2], 0, keys.shape[3]) if old is None else old, pages, worst)
-        kept.tensors[name] = grown.scatter_reduce_(2, page, keys.masked_fill(hidden, worst), least)
+        grown[rows] = of_two(grown[rows], fresh[inside])  # a reduction into all of it would copy all of it
+        kept.tensors[name] = grown
         bounds.append(grown[:, :, :pages])
     kept.lengths = store.lengths
     return bounds[0], bounds[1]

@@ -47,6 +47,11 @@ from saccade.types import Kind, Pattern, TokenIndex
             "Without `components` they are fitted to the keys that are stored when the first token is decoded, one "
             "set per sequence and head, and then kept; the authors calibrate on text, once per model."
         ),
+        (
+            "The components are directions in which keys are long, unless `centred`; the authors', scikit-learn's, are "
+            "those in which they differ from their mean. A first token that most of the attention rests on has a key "
+            "near zero: all that tells it from the others is the mean, which centred components leave out."
+        ),
         "The budget is a number of tokens, not a share of the length; a call with several tokens is dense.",
     ),
     example={"tokens": 12, "dims": 4},
@@ -58,8 +63,8 @@ from saccade.types import Kind, Pattern, TokenIndex
 class Loki(StepSelection):
     """A query head reads the `tokens` keys with the largest `(q P) (k P)^T`; their scores are then exact.
 
-    P `[D, dims]` are the leading eigenvectors of the keys' covariance. Nothing is evicted. A step costs the `dims`
-    leading coordinates of all keys, and its tokens.
+    P `[D, dims]` are the leading eigenvectors of `sum_j k_j k_j^T`, or with `centred` of the keys' covariance, which
+    the paper has. Nothing is evicted. A step costs the `dims` leading coordinates of all keys, and its tokens.
 
     Args:
         tokens: Tokens read per query head.
@@ -67,12 +72,14 @@ class Loki(StepSelection):
         components: One `[G, D, >= dims]` per layer, columns by falling variance (`principal_components`); None fits
             them to the prompt.
         dense_layers: First layers that read everything.
+        centred: Whether the mean of the keys is taken off before components are fitted, as the authors do.
     """
 
     tokens: int = 1024
     dims: int = 32
     components: tuple[Tensor, ...] | None = field(default=None, repr=False, compare=False)
     dense_layers: int = 0
+    centred: bool = False
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1, "tokens", self.tokens, "at least 1 token")
@@ -84,8 +91,8 @@ class Loki(StepSelection):
         basis = self._basis(q, store, step)
         reduced = of_each_token(store, "loki", lambda keys: (keys.to(basis.dtype) @ basis).to(keys.dtype), step)
         step.choosing += reduced.nbytes
-        ranks = scores(q @ per_query_head(basis, q).to(q.dtype), reduced)
-        return highest(ranks.masked_fill(~per_query_head(store.present, q), -torch.inf), self.tokens, len(store))
+        ranks = scores(q @ per_query_head(basis, q).to(q.dtype), reduced, store.lengths)
+        return highest(ranks, self.tokens, len(store))
 
     def _basis(self, q: Tensor, store: KVStore, step: Step) -> Tensor:
         """`[B or 1, G, D, dims]` in fp32 (fp64 for fp64)."""
@@ -102,26 +109,29 @@ class Loki(StepSelection):
         kept = recall(store, "loki components")
         if kept is None:
             step.choosing += int(store.lengths.sum()) * key_nbytes(store)
-            fitted = principal_components(store.keys, store.present)
+            fitted = principal_components(store.keys, store.present, centred=self.centred)
             kept = store.derived["loki components"] = Derived(store.changes, {"basis": fitted})
         return kept.tensors["basis"][..., : self.dims]
 
 
-def principal_components(keys: Tensor, present: Tensor | None = None) -> Tensor:
+def principal_components(keys: Tensor, present: Tensor | None = None, *, centred: bool = True) -> Tensor:
     """Eigenvectors of the covariance of keys, by falling eigenvalue, as columns.
 
     Args:
         keys: `[.., n, D]`.
         present: Bool `[.., n]`, which count; None for all.
+        centred: Whether the mean is taken off first; else of the sum of `k k^T`, whose leading directions hold most
+            of the keys' squared lengths.
 
     Returns:
         `[.., D, D]` in fp32 (fp64 for fp64).
     """
     keys = keys.to(accumulation_dtype(keys.dtype))
     count = present[..., None] if present is not None else torch.ones_like(keys[..., :1], dtype=torch.bool)
-    mean = (keys * count).sum(-2, keepdim=True) / count.sum(-2, keepdim=True).clamp(min=1)
-    centred = (keys - mean) * count
-    return torch.linalg.eigh(centred.transpose(-1, -2) @ centred).eigenvectors.flip(-1)
+    keys = keys * count
+    if centred:
+        keys = (keys - keys.sum(-2, keepdim=True) / count.sum(-2, keepdim=True).clamp(min=1)) * count
+    return torch.linalg.eigh(keys.transpose(-1, -2) @ keys).eigenvectors.flip(-1)
 
 
 __all__ = ["Loki", "principal_components"]

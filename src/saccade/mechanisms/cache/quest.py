@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saccade.catalog import register
 from saccade.mechanisms.base import require
-from saccade.mechanisms.cache._derived import StepSelection, listed, page_bounds, per_query_head, scores
+from saccade.mechanisms.cache._derived import StepSelection, page_bounds, per_query_head, scores
 from saccade.mechanisms.cache.base import Step
 from saccade.mechanisms.cache.store import KVStore
 from saccade.types import Kind, Pattern, TokenIndex
@@ -72,12 +72,11 @@ class Quest(StepSelection):
         """Slots of the best pages, `[B, H, 1, pages * page]`, -1 past a head's length."""
         low, high = page_bounds(store, self.page, step)
         step.choosing += low.nbytes + high.nbytes
-        lengths = per_query_head(store.lengths, q)[..., None]
-        starts = torch.arange(low.shape[2], device=q.device) * self.page
-        bound = scores(q.clamp(min=0), high) + scores(q.clamp(max=0), low)
-        bound = bound.masked_fill(starts >= lengths, -torch.inf)  # also what inf * 0 left there
-        bound = bound.masked_fill((starts + self.page >= lengths) & (starts < lengths), torch.inf)
+        filled = torch.div(store.lengths + self.page - 1, self.page, rounding_mode="floor")
+        bound = scores(q.clamp(min=0), high, filled) + scores(q.clamp(max=0), low, filled)
+        last, lengths = (per_query_head(x, q)[..., None] for x in (filled - 1, store.lengths))
+        bound.scatter_(2, last.clamp(min=0), torch.inf)
         count = min(max(3, self.tokens // self.page), low.shape[2])
-        pages = bound.topk(count, dim=-1).indices
+        pages = bound.topk(count, dim=-1, sorted=False).indices.sort(-1).values
         slots = (pages[..., None] * self.page + torch.arange(self.page, device=q.device)).flatten(-2)
-        return listed(slots.masked_fill(slots >= lengths, -1), len(store))
+        return TokenIndex(slots.masked_fill(slots >= lengths, -1)[:, :, None], 1, len(store))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from saccade.catalog import register
 from saccade.mechanisms.base import require
+from saccade.mechanisms.cache._derived import highest
 from saccade.mechanisms.cache.base import CachePolicy, Step
+from saccade.mechanisms.cache.reading import score_stored
 from saccade.mechanisms.cache.store import KVStore
-from saccade.ops.checks import accumulation_dtype
 from saccade.types import Kind, Pattern, TokenIndex
 
 
@@ -99,10 +99,4 @@ class TidalDecode(CachePolicy):
         """The slots with the largest q k^T for each query head, `[B, H, 1, min(tokens, n)]`."""
         if len(store) == 0:
             raise ValueError(f"store={store!r}: expected at least one token")
-        batch, heads, queries, dim = q.shape
-        dtype, keys = accumulation_dtype(q.dtype), store.keys
-        grouped = q.to(dtype).reshape(batch, keys.shape[1], -1, dim)
-        scores = grouped @ keys.to(dtype).transpose(-1, -2)
-        scores = scores.masked_fill(~store.present[:, :, None], -torch.inf).view(batch, heads, queries, len(store))
-        highest, slots = torch.topk(scores, min(self.tokens, len(store)), dim=-1)
-        return TokenIndex(slots.masked_fill(highest == -torch.inf, -1).sort(-1).values, queries, len(store))
+        return highest(score_stored(q, store, scale=1.0)[:, :, 0], self.tokens, len(store))

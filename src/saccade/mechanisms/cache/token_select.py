@@ -10,8 +10,9 @@ from torch.nn.functional import max_pool1d
 
 from saccade.catalog import register
 from saccade.mechanisms.base import require
-from saccade.mechanisms.cache._derived import Derived, StepSelection, key_nbytes, listed, recall, scores, slots_of
+from saccade.mechanisms.cache._derived import Derived, StepSelection, key_nbytes, listed, recall, slots_of
 from saccade.mechanisms.cache.base import Step, best
+from saccade.mechanisms.cache.reading import score_stored
 from saccade.mechanisms.cache.store import KVStore
 from saccade.types import Kind, Pattern, TokenIndex
 
@@ -112,8 +113,8 @@ class TokenSelect(StepSelection):
         """The slots that heads of these sequences vote for, bool `[rows, n]`, of `choice` `[B, n]`."""
         step.choosing += int(choice[rows].sum()) * store.lengths.shape[1] * key_nbytes(store)
         hidden = ~choice[rows, None]
-        keys = store.select(rows).keys
-        weights = scores(q[rows], keys)  # without the scale, as the authors have it
-        votes = weights.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0).sum(1, keepdim=True)
+        part = store if len(rows) == len(q) else store.select(rows)
+        weights = score_stored(q[rows], part, scale=1.0)[:, :, 0]  # without the scale, as the authors have it
+        votes = weights.masked_fill(hidden, -torch.inf).softmax(-1).sum(1, keepdim=True).nan_to_num(0.0)
         votes = max_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)
         return best(votes.masked_fill(hidden, -torch.inf), self.tokens)[:, 0]
