@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -44,6 +45,7 @@ class PagedLayer(CacheLayerMixin):
         store: The layer's `KVStore`.
         length: Places so far, padding and what was evicted included: what masks count.
         pending: How many of them are of a call that has not ended.
+        cut: How many there were when tokens were last evicted, merged or packed; only later ones can be taken back.
     """
 
     is_compileable = False
@@ -59,13 +61,13 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether the last tokens can be taken back as if they had not come."""
-        return self.store.empty or self.store.complete
+        """Whether the last token can be taken back as if it had not come."""
+        return self.length == 0 or self.cut < self.length
 
     def reset(self) -> None:
         """Forget everything."""
         self.store = make_store(self.policy, self.tier)
-        self.length = self.pending = 0
+        self.length = self.pending = self.cut = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the store lays itself out when the first tokens come."""
@@ -93,14 +95,21 @@ class PagedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens, or above 0 all but the first so many."""
         count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.length - tokens_to_remove)
-        if count and not self.is_croppable:
+        if count > self.length - self.cut and self.cut:
             raise ValueError(
-                f"crop({tokens_to_remove}): layer {self.number} has evicted tokens ({self.policy!r}), expected a "
-                "policy that keeps all where tokens are taken back (assisted generation)"
+                f"crop({tokens_to_remove}): layer {self.number} has given tokens up since ({self.policy!r}), expected "
+                f"at most {self.length - self.cut}, or a policy that keeps what is decoded (assisted generation)"
             )
         self.store.crop(count)
         self.length -= min(count, self.length)
         self.pending = 0
+
+    def fork(self, step: Step) -> PagedLayer:
+        """Another layer with the same tokens; pages are shared until one of the two writes to them."""
+        other = PagedLayer(self.policy, self.number, step, self.tier)
+        other.store = self.store.fork()
+        other.length, other.pending, other.cut = self.length, self.pending, self.cut
+        return other
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Entries in another order; what beams share stays shared."""
@@ -156,9 +165,17 @@ class PagedCache(Cache):
         self.tier = tier
         super().__init__(layers=[PagedLayer(item, number, self.step, tier) for number, item in enumerate(policies)])
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
+        """A fork, as `copy.deepcopy(prompt)` before each of several questions: what is the same is not held twice."""
+        other = copy(self)
+        memo[id(self)] = other
+        other.step = Step(layers=self.step.layers)
+        other.layers = [layer.fork(other.step) for layer in self.layers]
+        return other
+
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the cache holds."""
+        """Bytes of memory that the cache holds, with those of its forks."""
         return sum(layer.store.nbytes for layer in self.layers)
 
     @property
@@ -213,7 +230,7 @@ class PagedCache(Cache):
                     f"{like.storage} and {like.stats}, as the policy has"
                 )
         for layer, store, length in zip(self.layers, stores, lengths, strict=True):
-            layer.store, layer.length = store, int(length)
+            layer.store, layer.length, layer.cut = store, int(length), 0 if store.complete else int(length)
 
     def _begin(self) -> None:
         """Before a step: nothing is left of one that failed midway, tiers say what troubles them."""

@@ -71,11 +71,12 @@ def attend_cached(
             _slide(store, window)
         chosen = policy.read(q, store, step) if governed else None
         out, step.lse = _with_sinks(attend_chosen(q, store, chosen, **limits), extras.sinks)
+    held = int(store.lengths.sum())
     if window is None:
         evict_after(policy, q, store, step)
     else:
         _slide(store, window)
-    layer.pending = 0
+    layer.pending, layer.cut = 0, layer.length if int(store.lengths.sum()) < held else layer.cut
     return out
 
 

@@ -237,6 +237,22 @@ def test_attention_reads_what_is_stored(bits: int | None, normalise: bool) -> No
             store.pages()
 
 
+@pytest.mark.parametrize("page", [4, 64])
+@pytest.mark.parametrize("dims", [(16, 96), (64, 16), (5, 48), (20, 3)])
+def test_listed_tokens_are_copied_whole(dims: tuple[int, int], page: int) -> None:
+    """Rows of whole lines of memory, of several, and of none; repeated, in any order, from heads of several pages."""
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(B, G, 150, dim, generator=generator) for dim in dims)
+    store = KVStore(Storage(page=page))
+    store.append(k[:, :, :70], v[:, :, :70])
+    store.append(k[:, :, 70:], v[:, :, 70:])
+    slots = torch.randint(0, 150, (B, 2 * G, 40), generator=generator)
+    keys, values = store.gather(slots)
+    for x, copied in ((k, keys), (v, values)):
+        expected = x.repeat_interleave(2, 1).gather(2, slots[..., None].expand(*slots.shape, x.shape[3]))
+        assert torch.equal(copied, expected)
+
+
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.005), (4, 0.1), (2, 0.45)])
 def test_codes_lose_little_and_normalised_channels_less(bits: int, bound: float) -> None:
     k, v = tokens(50)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import NamedTuple
 
@@ -128,7 +129,16 @@ class PageTable:
 
     def read(self, name: str, where: tuple[Tensor, Tensor]) -> Tensor:
         """A part of the tokens at these pages and rows, see `find`: a copy `[*their shape, width]`."""
-        return self.parts[name][where]
+        start, width, dtype = self._held.parts[name]
+        unit = math.gcd(start, self._held.nbytes, width * dtype.itemsize)  # bytes: memory is whole rows of so many
+        if unit < ALIGNMENT:
+            return self.parts[name][where]
+        page, row = torch.broadcast_tensors(*where)  # whole rows by one index: several times faster than by two
+        units = width * dtype.itemsize // unit
+        first = page * (self._held.nbytes // unit) + start // unit + row * units
+        index = first[..., None] + torch.arange(units, device=first.device)
+        rows = self.arena.bytes.view(-1).view(dtype).view(-1, unit // dtype.itemsize)
+        return rows.index_select(0, index.flatten()).view(*first.shape, width)
 
     def write(self, slots: Slots, parts: dict[str, Tensor]) -> None:
         """Overwrite parts of tokens, each given as `[*shape of the slots, width]`."""

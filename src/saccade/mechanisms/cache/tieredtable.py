@@ -75,7 +75,7 @@ class TieredTable(PageTable):
     def read(self, name: str, where: tuple[Tensor, Tensor]) -> Tensor:
         """As `PageTable.read`, a few pages at a time."""
         if name in self._held.parts:
-            return self.parts[name][where]
+            return super().read(name, where)
         pages, rows = (x.flatten() for x in torch.broadcast_tensors(*where))
         part = self.layout.parts[name]
         out = torch.zeros(len(pages), part.width, dtype=part.dtype, device=pages.device)
