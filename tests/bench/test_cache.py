@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from saccade.bench import cache_layer, cache_speed
 from saccade.bench.cache import COLUMNS, PARTS, bench_cache
+from saccade.bench.cache_layer import MeanLayer, layer_kinds
 from saccade.bench.cache_prompt import Counted, distinct, read_prompt
 from saccade.bench.cache_quality import forced, make_material, recall_quality, text_quality
 from saccade.bench.cache_rows import BUDGETS, candidates, composed, matching
@@ -21,12 +22,14 @@ from saccade.bench.plot import plot_caches
 from saccade.catalog import cards
 from saccade.mechanisms.cache.base import Everything, compose, decode_step
 from saccade.mechanisms.cache.h2o import H2O
+from saccade.mechanisms.cache.key_norm import KeyNorm
 from saccade.mechanisms.cache.pool import Pool
 from saccade.mechanisms.cache.quest import Quest
 from saccade.mechanisms.cache.reading import WeightedSlots
 from saccade.mechanisms.cache.sink_recent import SinkRecent
 from saccade.mechanisms.cache.snapkv import SnapKV
 from saccade.mechanisms.cache.storage import Storage
+from saccade.mechanisms.cache.tidal_decode import TidalDecode
 from saccade.mechanisms.cache.zipcache import ZipCache
 from saccade.plug import PagedCache, Recipe, apply
 from saccade.plug.cache import cache_bytes
@@ -197,6 +200,66 @@ def small_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"HEADS": 4, "KV_HEADS": 2, "DIM": 32, "MLP": 32}.items():
         for module in (cache_layer, cache_speed):
             monkeypatch.setattr(module, name, value, raising=False)
+
+
+def test_kinds_of_layers() -> None:
+    assert layer_kinds(H2O()) == {0: 32}
+    assert layer_kinds(Quest(dense_layers=2)) == {0: 2, 2: 30}
+    assert layer_kinds(TidalDecode(first_selection=2, reselection=13)) == {0: 2, 2: 2, 3: 28}
+    assert layer_kinds(TidalDecode(first_selection=0, reselection=1)) == {0: 2, 2: 30}
+    assert layer_kinds(compose(keep=KeyNorm(whole_layers=3), read=Quest(dense_layers=1))) == {0: 1, 1: 2, 3: 29}
+
+
+def test_the_mean_layer_weighs_layers_and_counts_the_rest_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    class Lasts(torch.nn.Module):
+        def __init__(self, seconds: float) -> None:
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self) -> None:
+            now[0] += self.seconds
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = torch.nn.Module()
+            self.model.layers = torch.nn.ModuleList([Lasts(1.0), Lasts(2.0), Lasts(4.0)])
+
+        def forward(self, past_key_values: Any, token: int) -> int:
+            now[0] += 100.0
+            for layer in self.model.layers:
+                layer()
+            return token + past_key_values
+
+    monkeypatch.setattr(cache_layer, "perf_counter", lambda: now[0])
+    mean = MeanLayer(Model(), 3, {0: 2, 2: 2, 3: 28})
+    assert [mean(token=4), mean(token=5)] == [7, 8]
+    assert mean.seconds == [100 + (2 * 1 + 2 * 2 + 28 * 4) / 32] * 2
+
+
+@pytest.mark.usefixtures("small_layer")
+def test_decoding_where_layers_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer of each kind runs as the layer it stands for, and the row is that of their mean."""
+    ran: list[int] = []
+    read = TidalDecode.read
+
+    def seen(policy: TidalDecode, q: Any, store: Any, step: Any) -> Any:
+        chosen = read(policy, q, store, step)
+        if q.shape[2] == 1:
+            ran.append(step.layer)
+            assert step.layers == cache_layer.LAYERS
+            assert (chosen is None) == (step.layer < 3)
+        return chosen
+
+    monkeypatch.setattr(TidalDecode, "read", seen)
+    rows = bench_decode((256,), rounds=2, only="^tidal_decode|^everything")
+    assert ran == [0, 2, 3] * 4  # two calls to warm up
+    dense, tidal, everything = rows
+    assert [dense.name, tidal.name, everything.name] == [cache_speed.DENSE, "tidal_decode at 25%", "everything"]
+    assert tidal.nbytes == everything.nbytes
+    assert tidal.layer > 0
 
 
 @pytest.mark.usefixtures("small_layer")

@@ -33,6 +33,26 @@ def oracle(q: list[Tensor], k: list[Tensor], v: list[Tensor], prompt: int, token
     return outs
 
 
+def shared_oracle(q: list[Tensor], k: list[Tensor], v: list[Tensor], prompt: int, tokens: int, first: int, again: int):
+    """One list for all heads: the slots with the most softmax weight, summed over heads."""
+    outs = [torch.zeros(*layer.shape[:3], v[0].shape[3], dtype=layer.dtype) for layer in q]
+    batch, heads, total, dim = q[0].shape
+    share = heads // k[0].shape[1]
+    for b in range(batch):
+        for i in range(total):
+            chosen: list[int] = []
+            for layer in range(len(q)):
+                scores = [k[layer][b, h // share, : i + 1] @ q[layer][b, h, i] / math.sqrt(dim) for h in range(heads)]
+                if layer in (first, again):
+                    votes = [sum(float(row.exp()[j] / row.exp().sum()) for row in scores) for j in range(i + 1)]
+                    chosen = sorted(range(i + 1), key=lambda j, v=votes: -v[j])[:tokens]  # type: ignore[misc]
+                sparse = i >= prompt and layer > first and layer != again
+                seen = chosen if sparse else list(range(i + 1))
+                for h in range(heads):
+                    outs[layer][b, h, i] = scores[h][seen].softmax(0) @ v[layer][b, h // share, seen]
+    return outs
+
+
 def inputs(layers: int, heads: int, groups: int, tokens: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     generator = torch.Generator().manual_seed(layers)
 
@@ -74,6 +94,27 @@ def test_matches_the_oracle(layers: int, heads: int, groups: int, tokens: int, f
         full = 2 * groups * 12 * pair
         assert attention.bytes_read == (2 * heads * min(tokens, 12) * pair if sparse else full)
         assert attention.kept.complete
+
+
+def test_a_list_for_all_heads_matches_the_oracle() -> None:
+    q, k, v = inputs(5, 4, 2, 12)
+    outs, stack = run(TidalDecode(tokens=4, first_selection=1, reselection=3, shared=True), q, k, v, 7)
+    for out, reference in zip(outs, shared_oracle(q, k, v, 7, 4, 1, 3), strict=True):
+        torch.testing.assert_close(out, reference, rtol=0, atol=1e-10)
+    assert stack[2].bytes_read == 2 * 2 * 4 * (8 + 6) * 8  # heads that share keys read them once
+
+
+def test_a_list_for_all_heads_needs_the_same_tokens_in_all() -> None:
+    q, k, v = inputs(1, 2, 2, 6)
+    store = KVStore()
+    store.append(k[0][:1], v[0][:1])
+    keep = torch.ones(1, 2, 6, dtype=torch.bool)
+    keep[0, 0, 1] = keep[0, 1, 2] = False
+    store.evict(keep)
+    with pytest.raises(
+        ValueError, match="keep='other tokens in each head': expected a policy that keeps the same in all"
+    ):
+        TidalDecode(tokens=2, shared=True).select(q[0][:1, :, :1], store)
 
 
 def test_full_budget_is_dense() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -66,8 +68,61 @@ def filled_dynamic(k: Tensor, v: Tensor) -> Any:
     return cache
 
 
+def layer_kinds(policy: CachePolicy) -> dict[int, int]:
+    """The layers of `LAYERS` that a policy treats each in a way of its own, and how many there are of each kind."""
+    return dict(sorted(Counter(map(policy.first_alike, range(LAYERS))).items()))
+
+
+class MeanLayer:
+    """Decodes tokens through one layer of each kind, and tells what the mean of `LAYERS` layers takes.
+
+    Args:
+        model: With as many layers as there are kinds.
+        cache: Of these layers.
+        kinds: See `layer_kinds`.
+
+    Attributes:
+        seconds: Of every call so far: those of a layer of each kind, weighted by how many there are of it, and of what
+            a model of one layer does beside the layer.
+    """
+
+    def __init__(self, model: Any, cache: Any, kinds: Mapping[int, int]) -> None:
+        self.model, self.cache, self.kinds = model, cache, kinds
+        self.seconds: list[float] = []
+        self._stamps: list[float] = []
+
+    def __call__(self, **inputs: Any) -> Any:
+        """A decoded token."""
+        self._stamps.clear()
+        hooks = [
+            hook
+            for layer in self.model.model.layers
+            for hook in (layer.register_forward_pre_hook(self._stamp), layer.register_forward_hook(self._stamp))
+        ]
+        started = perf_counter()
+        out = self.model(past_key_values=self.cache, **inputs)
+        whole = perf_counter() - started
+        for hook in hooks:
+            hook.remove()
+        layers = [stop - start for start, stop in zip(self._stamps[::2], self._stamps[1::2], strict=True)]
+        self.seconds.append(whole - sum(layers) + self.mean(layers))
+        return out
+
+    def mean(self, numbers: Sequence[float]) -> float:
+        """Of a number for each kind, over all `LAYERS` layers."""
+        return sum(count * x for count, x in zip(self.kinds.values(), numbers, strict=True)) / LAYERS
+
+    def nbytes(self) -> int:
+        """Bytes that the mean layer holds."""
+        return round(self.mean([layer.store.nbytes for layer in self.cache.layers]))
+
+    def _stamp(self, *_: Any) -> None:
+        self._stamps.append(perf_counter())
+
+
 def filled_paged(
-    model: Any, policy: CachePolicy, q: Tensor, k: Tensor, v: Tensor, tier: Tier | None = None
+    model: Any, policy: CachePolicy, q: Tensor, k: Tensor, v: Tensor, tier: Tier | None = None,
+    numbers: Sequence[int] = (),
 ) -> Any:  # fmt: skip
     """Saccade's cache, each layer filled with the same and cut as the policy says after the last queries of the prompt.
 
@@ -78,6 +133,7 @@ def filled_paged(
         k: `[1, G, N, D]`.
         v: `[1, G, N, E]`.
         tier: Where pages live that are not read; None for memory.
+        numbers: Which of `LAYERS` layers the model's are; empty for its own.
 
     Returns:
         A `PagedCache`.
@@ -87,9 +143,13 @@ def filled_paged(
     policy = _of_prompt(policy, k.shape[2])
     cache = PagedCache(model, policy, tier)
     before = k.shape[2] - LAST
-    for number, layer in enumerate(cache.layers):
+    if numbers:
+        cache.step.layers = LAYERS
+        for layer, number in zip(cache.layers, numbers, strict=True):
+            layer.number = number
+    for layer in cache.layers:
         layer.store.append(k[:, :, :before], v[:, :, :before])
-        step = Step(layer=number, layers=len(cache.layers))
+        step = Step(layer=layer.number, layers=cache.step.layers)
         decode_step(policy, layer.store, q, k[:, :, before:], v[:, :, before:], step=step)
         layer.length = k.shape[2]
     return cache
@@ -104,6 +164,6 @@ def _of_prompt(policy: CachePolicy, tokens: int) -> CachePolicy:
 
 
 __all__ = [
-    "DIM", "HEADS", "KV_HEADS", "LAST", "LAYERS", "MLP", "filled_dynamic", "filled_paged", "llama_layers",
-    "random_past",
+    "DIM", "HEADS", "KV_HEADS", "LAST", "LAYERS", "MLP", "MeanLayer", "filled_dynamic", "filled_paged", "layer_kinds",
+    "llama_layers", "random_past",
 ]  # fmt: skip

@@ -11,9 +11,20 @@ from typing import Any
 
 import torch
 
-from saccade.bench.cache_layer import DIM, HEADS, LAST, LAYERS, filled_dynamic, filled_paged, llama_layers, random_past
+from saccade.bench.cache_layer import (
+    DIM,
+    HEADS,
+    LAST,
+    LAYERS,
+    MeanLayer,
+    filled_dynamic,
+    filled_paged,
+    layer_kinds,
+    llama_layers,
+    random_past,
+)  # fmt: skip
 from saccade.bench.cache_rows import Candidate, candidates, composed, matching, placed
-from saccade.bench.cache_tiers import DEPTH, STEPS, tiered_rows
+from saccade.bench.cache_tiers import DEPTH, STEPS, TieredRows, tiered_rows
 from saccade.bench.measure import interleaved, median, quartiles
 
 LENGTHS = (8192, 32_768, 131_072)
@@ -75,7 +86,8 @@ def bench_decode(
         lengths: Tokens in the cache.
         rounds: Counted steps of each cache.
         dtype: Of weights, keys and values.
-        budgets: Of every registered policy whose choice can be made on one layer.
+        budgets: Of every registered policy. Where its layers differ so that one alone cannot follow the rule, one of
+            each kind is timed, and the mean of `LAYERS` layers is told.
         only: Rows in whose label this regular expression is found; None for all.
         disk: Directory that gets files with half of the pages of what is kept whole, for rows of their own; None for no
             such rows. The system is made to forget the files before each call, so that the disk is read.
@@ -91,19 +103,26 @@ def bench_decode(
         raise ValueError(f"rounds={rounds}, lengths={tuple(lengths)}: expected at least 1, and {2 * LAST} tokens")
     found: list[DecodeRow] = []
     for tokens in lengths:
-        chosen, _ = candidates(tokens, 1, budgets)
-        chosen = matching(chosen + composed(tokens, 1) + placed(tokens), only)
+        chosen = matching(_alone_or_together(tokens, budgets) + composed(tokens, 1) + placed(tokens), only)
         progress(f"{tokens:,} tokens")
         steps, held = _steps(chosen, tokens, rounds, dtype, disk)
         mlp = median(steps.pop(""))
         dense = median(steps[DENSE])
-        for name, seconds in steps.items():
+        for name in sorted(steps, key=[DENSE, *(one.label for one in chosen), *steps].index):
+            seconds = steps[name]
             layer = median(seconds)
             found.append(DecodeRow(
                 tokens, name, held[name], 1 - held[name] / held[DENSE], layer, quartiles(seconds), layer - mlp,
                 dense / layer, (dense - mlp) / (layer - mlp),
             ))  # fmt: skip
     return found
+
+
+def _alone_or_together(tokens: int, budgets: Sequence[float]) -> list[Candidate]:
+    """Policies at budgets with settings for one layer, or where there are none, for `LAYERS`."""
+    alone, together = (candidates(tokens, layers, budgets)[0] for layers in (1, LAYERS))
+    known = {one.label for one in alone}
+    return sorted(alone + [one for one in together if one.label not in known], key=lambda one: one.name)
 
 
 @torch.no_grad()
@@ -118,21 +137,32 @@ def _steps(
     with ExitStack() as stack:
         plain, applied = stack.enter_context(llama_layers(1, dtype))
         caches: dict[str, tuple[Any, Any]] = {DENSE: (plain, filled_dynamic(k, v))}
-        caches |= {one.label: (applied, filled_paged(applied, one.policy, q, k, v)) for one in chosen}
+        means: dict[str, MeanLayer] = {}
+        for one in chosen:
+            kinds = layer_kinds(one.policy)
+            if len(kinds) == 1:
+                caches[one.label] = applied, filled_paged(applied, one.policy, q, k, v)
+            else:
+                _, several = stack.enter_context(llama_layers(len(kinds), dtype))
+                cache = filled_paged(several, one.policy, q, k, v, numbers=tuple(kinds))
+                means[one.label] = MeanLayer(several, cache, kinds)
         calls: dict[str, Callable[[], Any]] = {
             name: partial(model, input_ids=token, past_key_values=cache) for name, (model, cache) in caches.items()
         }
+        calls |= {name: partial(mean, input_ids=token) for name, mean in means.items()}
         hidden = torch.zeros(1, 1, HEADS * DIM, dtype=dtype)
         calls[""] = partial(plain.model.layers[0].mlp, hidden)
-        if disk is None:
-            return interleaved(calls, rounds, warmup=2), {
-                name: cache_bytes(cache) for name, (_, cache) in caches.items()
-            }
-        away = stack.enter_context(tiered_rows(chosen, (q, k, v), dtype, disk))
+        away = TieredRows()
+        if disk is not None:
+            alike = [one for one in chosen if one.label in caches]
+            away = stack.enter_context(tiered_rows(alike, (q, k, v), dtype, disk))
         steps = interleaved(calls | away.calls, rounds, warmup=2, before=away.drop)
         for name in away.calls:
             steps[name] = [seconds / (DEPTH * STEPS) for seconds in steps[name]]
-        return steps, {name: cache_bytes(cache) for name, (_, cache) in caches.items()} | away.nbytes()
+        held = {name: cache_bytes(cache) for name, (_, cache) in caches.items()} | away.nbytes()
+        for name, mean in means.items():
+            steps[name], held[name] = mean.seconds[-rounds:], mean.nbytes()
+        return steps, held
 
 
 __all__ = ["COLUMNS", "LENGTHS", "DecodeRow", "bench_decode"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,9 +38,9 @@ class TieredRows:
         drop: Makes the system forget what it remembers of the files, so that reading them reads the disk.
     """
 
-    calls: dict[str, Callable[[], Any]]
-    nbytes: Callable[[], dict[str, int]]
-    drop: Callable[[], None]
+    calls: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    nbytes: Callable[[], dict[str, int]] = dict
+    drop: Callable[[], None] = lambda: None
 
 
 @contextmanager

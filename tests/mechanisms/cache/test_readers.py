@@ -84,3 +84,24 @@ def test_tokens_taken_back_at_full_budget(card: Card) -> None:
 def test_the_registry_has_readers() -> None:
     assert {card.target.read is not CachePolicy.read for card in READERS} == {True}
     assert len(READERS) > 5
+
+
+@pytest.mark.parametrize("card", [x for x in cards() if x.kind is Kind.CACHE_POLICY], ids=lambda card: card.name)
+def test_layers_said_to_be_alike(card: Card) -> None:
+    """Of the same tokens a layer reads and keeps all if, and only if, the first that is alike to it does."""
+    policy, tokens = card.build(**card.example), 160
+    layers = CachedAttention.stack(policy, LAYERS + 2)
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(1, heads, tokens, 8, generator=generator) for heads in (4, 2, 2))
+    sizes = [tokens - 3, 1, 1, 1]
+    for part in zip(*(x.split(sizes, 2) for x in (q, k, v)), strict=True):
+        for layer in layers:
+            layer(*part)
+    did = [
+        (layer.kept.tokens < 2 * tokens, layer.bytes_read < layer.kept.tokens * layer.kept.slot_nbytes)
+        for layer in layers
+    ]
+    for number in range(len(layers)):
+        first = policy.first_alike(number)
+        assert policy.first_alike(first) == first <= number
+        assert did[number] == did[first], f"layer {number} and {first}"

@@ -37,6 +37,10 @@ class StepSelection(CachePolicy):
             return None
         return self.select(q, store, step)
 
+    def first_alike(self, layer: int) -> int:
+        """The first layer reads everything as long as others do."""
+        return 0 if layer < self.dense_layers else self.dense_layers
+
 
 @dataclass
 class Derived:

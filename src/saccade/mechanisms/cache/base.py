@@ -89,6 +89,10 @@ class CachePolicy(ABC):
         """An empty store of the form this policy needs."""
         return KVStore(self.storage(), self.stats)
 
+    def first_alike(self, layer: int) -> int:  # noqa: ARG002
+        """The first layer whose steps do what this one's do, if not as much of it: keep, choose, read; mostly 0."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Everything(CachePolicy):
@@ -133,6 +137,11 @@ class Composed(CachePolicy):
         """Of `reader`, if it selects."""
         if type(self.reader).read is not CachePolicy.read:
             self.reader.settle(q, store, step)
+
+    def first_alike(self, layer: int) -> int:
+        """The first that is alike to both `keeper` and `reader`."""
+        kinds = [(self.keeper.first_alike(x), self.reader.first_alike(x)) for x in range(layer + 1)]
+        return kinds.index(kinds[-1])
 
 
 def compose(

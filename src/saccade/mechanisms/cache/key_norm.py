@@ -75,3 +75,7 @@ class KeyNorm(CachePolicy):
         if len(store) <= self.tokens or step.layer < self.whole_layers:
             return None
         return best((-key_norms(store)).masked_fill(~store.present, -torch.inf), self.tokens)
+
+    def first_alike(self, layer: int) -> int:
+        """The first layer keeps everything as long as others do."""
+        return 0 if layer < self.whole_layers else self.whole_layers

@@ -109,6 +109,10 @@ class MagicPIG(StepSelection):
         """All in dense layers and for several tokens, else a sample."""
         return None if q.shape[2] != 1 or step.layer in self.dense_layers else self.select(q, store, step)
 
+    def first_alike(self, layer: int) -> int:
+        """The first that samples, or the first that does not."""
+        return next(x for x in range(layer + 1) if (x in self.dense_layers) == (layer in self.dense_layers))
+
     def select(self, q: Tensor, store: KVStore, step: Step) -> WeightedSlots:
         """Slots to read `[B, H, K]`, and -log u of those that were sampled."""
         kept = self._tables(store, step)

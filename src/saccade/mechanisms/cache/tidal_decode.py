@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from saccade.catalog import register
@@ -55,11 +56,15 @@ class TidalDecode(CachePolicy):
         tokens: Tokens that a sparse layer reads per query head.
         first_selection: The first layer that selects; counted from 0.
         reselection: A later layer that selects anew, or None.
+        shared: Whether all heads read one list, of the slots with the most softmax weight over all heads, instead of
+            one for each query head, the authors' rule. A head's own list serves the same head of the next layers, which
+            may look elsewhere; needs the same tokens in all heads.
     """
 
     tokens: int = 256
     first_selection: int = 2
     reselection: int | None = 13
+    shared: bool = False
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1, "tokens", self.tokens, "at least 1 token")
@@ -86,7 +91,7 @@ class TidalDecode(CachePolicy):
         if q.shape[2] != 1 or step.layer < self.first_selection:
             return None
         if step.layer in (self.first_selection, self.reselection):
-            step.picked = self.select(q, store)
+            step.picked = self.select(q, store, step.scale)
             return None
         if step.picked is None or step.picked.keys != len(store):
             raise ValueError(
@@ -95,8 +100,23 @@ class TidalDecode(CachePolicy):
             )
         return step.picked
 
-    def select(self, q: Tensor, store: KVStore) -> TokenIndex:
-        """The slots with the largest q k^T for each query head, `[B, H, 1, min(tokens, n)]`."""
+    def first_alike(self, layer: int) -> int:
+        """The first that attends to all, that selects, or that reads what was selected."""
+        if layer < self.first_selection:
+            return 0
+        selecting = (self.first_selection, self.reselection)
+        if layer in selecting:
+            return self.first_selection
+        return next(x for x in range(self.first_selection, layer + 1) if x not in selecting)
+
+    def select(self, q: Tensor, store: KVStore, scale: float | None = None) -> TokenIndex:
+        """The slots with the largest q k^T for each query head, `[B, H or 1, 1, min(tokens, n)]`."""
         if len(store) == 0:
             raise ValueError(f"store={store!r}: expected at least one token")
-        return highest(score_stored(q, store, scale=1.0)[:, :, 0], self.tokens, len(store))
+        scores = score_stored(q, store, scale=scale)[:, :, 0]
+        if self.shared:
+            positions = store.positions
+            same = bool((positions == positions[:, :1]).all())
+            require(same, "keep", "other tokens in each head", "a policy that keeps the same in all, they share a list")
+            scores = scores.softmax(-1).sum(1, keepdim=True).masked_fill(~store.present[:, :1], -torch.inf)
+        return highest(scores, self.tokens, len(store))
