@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from saccade.mechanisms.cache._query_graph import search
 from saccade.mechanisms.cache.attention import CachedAttention
-from saccade.mechanisms.cache.base import compose
-from saccade.mechanisms.cache.retrieval_attention import RetrievalAttention
+from saccade.mechanisms.cache.base import Step, compose
+from saccade.mechanisms.cache.retrieval_attention import INDEX, RetrievalAttention
 from saccade.mechanisms.cache.sink_recent import SinkRecent
+from saccade.mechanisms.cache.storage import Storage
+from saccade.mechanisms.cache.store import KVStore
+from saccade.mechanisms.cache.tiered import TieredStore
+from saccade.mechanisms.cache.tiers import Disk
+from saccade.ops import KeyGraph
 
 Index = tuple[list[list[int]], list[list[int]], list[int]]
 
 
-def index_of(queries: list[tuple[int, Tensor]], keys: Tensor, degree: int, links: int) -> Index:
-    """Keys of each query, queries of each key, entries; a query at a place knows the keys up to there."""
+def index_of(queries: list[tuple[int, Tensor]], keys: Tensor, middle: range, degree: int, links: int) -> Index:
+    """Keys of each query, queries of each key, entries; a query at a place knows the keys up to there.
+
+    Only keys in the middle are linked: the others are read in any case.
+    """
     lists, asked = [], []
     for place, query in queries:
-        scores = [float(query @ keys[j]) for j in range(place + 1)]
-        lists.append(sorted(range(place + 1), key=lambda j: -scores[j])[:degree])  # noqa: B023  used at once
+        known = [j for j in middle if j <= place]
+        lists.append(sorted(known, key=lambda j: -float(query @ keys[j]))[:degree])  # noqa: B023  used at once
     for j in range(len(keys)):
         who = [i for i, (place, _) in enumerate(queries) if place >= j]
         asked.append(sorted(who, key=lambda i: -float(queries[i][1] @ keys[j]))[:links])  # noqa: B023
     mean = sum(query for _, query in queries) / len(queries)
-    entries = sorted(range(len(keys)), key=lambda j: -float(mean @ keys[j]))[:degree]
+    entries = sorted(middle, key=lambda j: -float(mean @ keys[j]))[:degree]
     return lists, asked, entries
 
 
@@ -57,13 +67,13 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, prompt: int, policy: RetrievalAttent
         for h in range(heads):
             g = h // share
             queries = [(i, q[b, s, i]) for i in places for s in range(g * share, (g + 1) * share)]
-            index = index_of(queries, k[b, g, :prompt], policy.degree, policy.links)
+            middle = range(policy.sinks, prompt - policy.local)
+            index = index_of(queries, k[b, g, :prompt], middle, policy.degree, policy.links)
             for i in range(total):
                 seen = list(range(i + 1))
                 if i >= prompt:
                     beam, count_read = found_by(q[b, h, i], k[b, g], index, policy.width, policy.expand)
-                    middle = [j for j in beam if policy.sinks <= j < prompt - policy.local][: policy.tokens]
-                    seen = sorted({*range(policy.sinks), *middle, *range(prompt - policy.local, i + 1)})
+                    seen = [*range(policy.sinks), *beam[: policy.tokens], *range(prompt - policy.local, i + 1)]
                 weights = (k[b, g, seen] @ q[b, h, i] / math.sqrt(dim)).softmax(0)
                 out[b, h, i] = weights @ v[b, g, seen]
             reads += count_read
@@ -116,6 +126,38 @@ def test_a_wide_search_finds_the_best_of_what_is_linked() -> None:
         for h in range(2):
             best = (k[b, 0, :28] @ q[b, h, 29]).topk(5).indices.tolist()
             assert sorted(j for j in chosen[b, h].tolist() if j >= 0) == sorted([*best, 28, 29])
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        Storage(), Storage(dtype=torch.bfloat16, page=7), Storage(bits=8, normalise=True), Storage(bits=4, group=16),
+        Storage(bits=2),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("tiered", [False, True])
+def test_every_form_of_storage_is_searched_alike(storage: Storage, tiered: bool, tmp_path: Path) -> None:
+    """In place by the engine or copied by PyTorch; of 3 query heads a key/value head each has its own search."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 200, 32, generator=generator) for heads in (6, 2, 2))
+    store = TieredStore(Disk(tmp_path, resident=0.3), storage) if tiered else KVStore(storage)
+    store.append(k, v)
+    policy = RetrievalAttention(20, 3, 10, width=30, samples=60, degree=8, links=2, expand=7)
+    policy.settle(q, store, Step())
+    graph = KeyGraph(*(store.derived[INDEX].tensors[name] for name in KeyGraph._fields))
+    listed = {int(j) for x in (graph.lists, graph.entries) for j in x.unique()} - {-1}
+    assert listed <= set(range(3, 190))
+    assert len(listed) > 150
+    found, read = [], []
+    for impl in ("auto", "eager"):
+        step = Step()
+        found.append(search(q[:, :, -1:], store, graph, policy.width, policy.expand, step, impl=impl))
+        read.append(step.choosing)
+    assert torch.equal(found[0], found[1])
+    assert read[0] == read[1] > 0
+    best = (q[:, :, -1:] @ store.keys.repeat_interleave(3, 1)[:, :, 3:190].mT)[:, :, 0].topk(20).indices + 3
+    recall = (best[..., None] == found[0][:, :, None]).any(-1).float().mean()
+    assert recall > 0.6  # of 187 random keys 20 are the best: 30 kept at random would hold a sixth of them
 
 
 def test_left_padded_equals_alone_and_so_do_chunks() -> None:

@@ -17,9 +17,10 @@ from saccade.kernels.cpu.gather import gathering, gathers
 from saccade.kernels.cpu.groups import GROUP_CHANNELS, attend_groups
 from saccade.kernels.cpu.library import INSTRUCTION_SETS, instruction_set, missing, use
 from saccade.kernels.cpu.scan import scan, scan_gradient
+from saccade.kernels.cpu.search import search
 
 __all__ = [
     "GROUP_CHANNELS", "INSTRUCTION_SETS", "Pages", "Rules", "attend_groups", "attention", "attention_backward",
     "boxes_attention", "boxes_gradients", "decode_scores", "decoding", "gathering", "gathers", "instruction_set",
-    "missing", "scan", "scan_gradient", "use",
+    "missing", "scan", "scan_gradient", "search", "use",
 ]  # fmt: skip

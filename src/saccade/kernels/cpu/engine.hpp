@@ -7,6 +7,7 @@
 #include "problem_decode.hpp"
 #include "problem_gather.hpp"
 #include "problem_groups.hpp"
+#include "problem_search.hpp"
 
 namespace saccade {
 
@@ -55,6 +56,8 @@ struct Engine {
   void (*decode_scores)(const Decode&, char* scratch, int64_t b, int64_t g, int64_t start, int64_t end);
   int64_t (*group_scratch)(const Groups&);                        // bytes per thread
   void (*attend_groups)(const Groups&, char* scratch, int64_t b, int64_t g, int64_t start, int64_t end, int64_t cut);
+  int64_t (*search_scratch)(const Search&);                       // bytes per thread
+  void (*search)(const Search&, char* scratch, int64_t b, int64_t h);
 };
 
 extern const Engine* engine;  // in use

@@ -9,6 +9,7 @@
 #include "gather.hpp"
 #include "groups.hpp"
 #include "scan_engine.hpp"
+#include "search.hpp"
 
 namespace saccade::SACCADE_ISA {
 
@@ -68,6 +69,8 @@ static const Engine ENGINE = {
     .decode_scores = decode_scores,
     .group_scratch = group_scratch,
     .attend_groups = attend_groups,
+    .search_scratch = search_scratch,
+    .search = search,
 };
 
 }  // namespace saccade::SACCADE_ISA
