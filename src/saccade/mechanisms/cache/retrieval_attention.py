@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saccade.catalog import Budget, register
 from saccade.mechanisms.base import require
-from saccade.mechanisms.cache._derived import Derived, StepSelection, between, listed, per_query_head, recall
+from saccade.mechanisms.cache._derived import Derived, StepSelection, between, per_query_head, recall
 from saccade.mechanisms.cache._query_graph import build, search
 from saccade.mechanisms.cache.base import Step
 from saccade.mechanisms.cache.store import KVStore
@@ -132,12 +132,12 @@ class RetrievalAttention(StepSelection):
         kept = recall(store, INDEX)
         if kept is None or int(kept.tensors["lengths"].max()) <= self.sinks + self.tokens + self.local:
             return None
-        lengths, indexed = per_query_head(store.lengths, q), per_query_head(kept.tensors["lengths"], q)
-        first, last = self._borders(indexed)
+        first, last = self._borders(kept.tensors["lengths"])
         graph = KeyGraph(*(kept.tensors[name] for name in KeyGraph._fields))
         found = search(q, store, graph, max(self.width, self.tokens), self.expand, step)[..., : self.tokens]
-        always = between(torch.zeros_like(first), first), between(last, lengths)
-        return listed(torch.cat([found, *always], -1), len(store))
+        before, after = between(torch.zeros_like(first), first), between(last, store.lengths)
+        slots = torch.cat([per_query_head(before, q), found.sort(-1).values, per_query_head(after, q)], -1)
+        return TokenIndex(slots[:, :, None], 1, len(store))
 
     def settle(self, q: Tensor, store: KVStore, step: Step) -> None:
         """After a prompt, or a part of one: the index, of its queries and those kept from before."""
