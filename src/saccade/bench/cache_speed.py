@@ -138,14 +138,17 @@ def _steps(
         plain, applied = stack.enter_context(llama_layers(1, dtype))
         caches: dict[str, tuple[Any, Any]] = {DENSE: (plain, filled_dynamic(k, v))}
         means: dict[str, MeanLayer] = {}
+        models = {1: applied}
         for one in chosen:
             kinds = layer_kinds(one.policy)
-            if len(kinds) == 1:
-                caches[one.label] = applied, filled_paged(applied, one.policy, q, k, v)
+            if len(kinds) not in models:
+                models[len(kinds)] = stack.enter_context(llama_layers(len(kinds), dtype))[1]
+            model, several = models[len(kinds)], len(kinds) > 1
+            cache = filled_paged(model, one.policy, q, k, v, numbers=tuple(kinds) if several else ())
+            if several:
+                means[one.label] = MeanLayer(model, cache, kinds)
             else:
-                _, several = stack.enter_context(llama_layers(len(kinds), dtype))
-                cache = filled_paged(several, one.policy, q, k, v, numbers=tuple(kinds))
-                means[one.label] = MeanLayer(several, cache, kinds)
+                caches[one.label] = model, cache
         calls: dict[str, Callable[[], Any]] = {
             name: partial(model, input_ids=token, past_key_values=cache) for name, (model, cache) in caches.items()
         }
