@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saccade.mechanisms.cache import _hash_tables
+from saccade.mechanisms.cache import _hash_tables, reading
 from saccade.mechanisms.cache.attention import CachedAttention
 from saccade.mechanisms.cache.magic_pig import MagicPIG
 
@@ -55,15 +55,17 @@ def inputs(heads: int, groups: int, tokens: int) -> tuple[Tensor, Tensor, Tensor
     return q, k, v
 
 
-@pytest.mark.parametrize("tail", [0, 10**9])
+@pytest.mark.parametrize(("tail", "copied"), [(0, 2**22), (10**9, 1)])
 @pytest.mark.parametrize(
     ("heads", "groups", "bits", "tables", "sinks", "local"),
     [(4, 2, 2, 4, 2, 3), (2, 1, 3, 6, 0, 1), (2, 2, 0, 2, 1, 1)],
 )
 def test_matches_the_oracle(
-    monkeypatch: pytest.MonkeyPatch, heads: int, groups: int, bits: int, tables: int, sinks: int, local: int, tail: int
-) -> None:
-    """With tokens that left the window compared, or taken into the tables at once."""
+    monkeypatch: pytest.MonkeyPatch, heads: int, groups: int, bits: int, tables: int, sinks: int, local: int, tail: int,
+    copied: int,
+) -> None:  # fmt: skip
+    """With tokens that left the window compared, or taken into the tables at once; weighed together or head by head."""
+    monkeypatch.setattr(reading, "COPIED", copied)
     monkeypatch.setattr(_hash_tables, "TAIL", tail)
     q, k, v = inputs(heads, groups, 22)
     policy = MagicPIG(bits=bits, tables=tables, sinks=sinks, local=local, dense_layers=())

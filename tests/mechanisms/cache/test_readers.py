@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.catalog import Card, cards
+from saccade.mechanisms.cache import reading
 from saccade.mechanisms.cache.attention import CachedAttention
 from saccade.mechanisms.cache.base import CachePolicy, compose
 from saccade.mechanisms.cache.storage import Storage
@@ -105,3 +106,12 @@ def test_layers_said_to_be_alike(card: Card) -> None:
         first = policy.first_alike(number)
         assert policy.first_alike(first) == first <= number
         assert did[number] == did[first], f"layer {number} and {first}"
+
+
+@pytest.mark.parametrize("card", READERS, ids=lambda card: card.name)
+def test_copies_head_by_head_change_nothing(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is copied to be weighed comes in parts that stay in cache."""
+    out = decode(started(card.build(**card.example)), PROMPT, TOKENS)
+    monkeypatch.setattr(reading, "COPIED", 1)
+    parts = decode(started(card.build(**card.example)), PROMPT, TOKENS)
+    torch.testing.assert_close(parts, out, rtol=0, atol=1e-6)

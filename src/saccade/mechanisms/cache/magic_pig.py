@@ -127,10 +127,10 @@ class MagicPIG(StepSelection):
         lengths = query.norm(dim=-1, keepdim=True) * per_query_head(norms, q).gather(2, slots.clamp(min=0))
         offset = (query * per_query_head(mean, q)[:, :, 0]).sum(-1, keepdim=True)
 
-        def bias(products: Tensor) -> Tensor:
+        def bias(products: Tensor, heads: slice) -> Tensor:
             tiny = torch.finfo(products.dtype).tiny
-            u = self.probability((products - offset) / lengths.clamp(min=tiny))
-            return -u.clamp(min=tiny).log().masked_fill(certain, 0.0)
+            u = self.probability((products - offset[:, heads]) / lengths[:, heads].clamp(min=tiny))
+            return -u.clamp(min=tiny).log().masked_fill(certain[:, heads], 0.0)
 
         return WeightedSlots(slots, bias)
 

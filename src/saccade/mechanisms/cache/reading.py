@@ -19,6 +19,9 @@ from saccade.ops import decode_attend, decode_scores
 from saccade.ops.checks import accumulation_dtype, resolve_scale
 from saccade.types import AttentionOutput, KVPages
 
+COPIED = 2**22
+"""Most numbers of keys that are copied at once: what is larger comes fresh from the system each time, page by page."""
+
 
 def attend_stored(
     q: Tensor,
@@ -106,12 +109,12 @@ class WeightedSlots:
 
     Args:
         slots: int64 `[B, H, K]`; -1 is an empty place.
-        bias: `[B, H, K]`, floating point, or what makes it of the products `q k^T` `[B, H, K]`, which are known once
-            the keys are read.
+        bias: `[B, H, K]`, floating point, or what makes it for some query heads: of their products `q k^T`
+            `[B, h, K]`, which are known once the keys are read, and of which heads these are.
     """
 
     slots: Tensor
-    bias: Tensor | Callable[[Tensor], Tensor]
+    bias: Tensor | Callable[[Tensor, slice], Tensor]
 
 
 def attend_weighted(
@@ -131,21 +134,33 @@ def attend_weighted(
     Returns:
         `out` `[B, H, 1, E]` in q's dtype, and `lse` `[B, H, 1]`; 0 and -inf where a list is empty.
     """
-    dtype = accumulation_dtype(q.dtype)
-    empty = chosen.slots < 0
-    keys, values = store.gather(
-        chosen.slots.where(~empty, chosen.slots.amax(-1, keepdim=True))
-    )  # one of the list again
-    products = (keys.to(dtype) @ q.to(dtype).transpose(-1, -2))[..., 0]
-    bias = chosen.bias if isinstance(chosen.bias, Tensor) else chosen.bias(products)
-    scores = products * resolve_scale(scale, q.shape[3])
+    scale, heads = resolve_scale(scale, q.shape[3]), q.shape[1]
+    some = max(1, COPIED // max(1, len(q) * chosen.slots.shape[2] * q.shape[3]))
+    slices = [slice(first, min(first + some, heads)) for first in range(0, heads, some)]
+    parts = [_weighted(q, store, chosen, rows, scale, softcap) for rows in slices]
+    return AttentionOutput(torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1))
+
+
+def _weighted(
+    q: Tensor, store: KVStore, chosen: WeightedSlots, rows: slice, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Of some query heads."""
+    dtype, slots = accumulation_dtype(q.dtype), chosen.slots[:, rows]
+    empty = slots < 0
+    filler = slots.amax(-1, keepdim=True)  # one of the list: what is not listed may be anything
+    entry = torch.arange(len(q), device=q.device)[:, None, None]
+    head = torch.arange(rows.start, rows.stop, device=q.device) // (q.shape[1] // store.lengths.shape[1])
+    keys, values = store.rows((entry, head[:, None], slots.where(~empty, filler).clamp(min=0)))
+    products = (keys.to(dtype) @ q[:, rows].to(dtype).transpose(-1, -2))[..., 0]
+    bias = chosen.bias[:, rows] if isinstance(chosen.bias, Tensor) else chosen.bias(products, rows)
+    scores = products * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = (scores + bias.to(dtype)).masked_fill(empty, -torch.inf)
     lse = scores.logsumexp(-1, keepdim=True)
     weights = torch.exp(scores - lse).masked_fill(empty | (lse == -torch.inf), 0.0)
     out = (weights[:, :, None] @ values.to(dtype)).masked_fill(lse[..., None] == -torch.inf, 0.0)
-    return AttentionOutput(out.to(q.dtype), lse)
+    return out.to(q.dtype), lse
 
 
 def _per_head(x: Tensor, factors: Tensor) -> Tensor:
