@@ -4,8 +4,8 @@ ctypes and not nanobind: the surface is a handful of functions that take one str
 PyTorch, and so one built file serves every version of both. Threads are PyTorch's own (see `library`).
 
 Memory of a forward pass beyond its inputs and its result is O(N) for each head: 4 bytes a row for the log-sum-exp, 4 E
-more while a 16-bit result is still in fp32, and the threads' scratch, which does not grow with N. Nothing depends on
-the pairs.
+more while a 16-bit result is still in fp32, and the threads' scratch, which does not grow with N but in `search`.
+Nothing depends on the pairs.
 """
 
 from saccade.kernels.cpu.attention import Rules, attention

@@ -1,4 +1,7 @@
-"""Best-first searches in graphs of stored keys on the C++ engine: `problem_search.hpp` as ctypes, and the call."""
+"""Best-first searches in graphs of stored keys on the C++ engine: `problem_search.hpp` as ctypes, and the call.
+
+A thread's scratch is a bit for each key, and 16 bytes for each that is kept or may be new in a round.
+"""
 
 from __future__ import annotations
 
