@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saccade.laws.base import Broken, NotApplicable, expect, expect_close, expect_equal
+from saccade.laws.caches_saved import goes_on_elsewhere
 from saccade.laws.subjects import Subject
 from saccade.mechanisms.cache.attention import CachedAttention
 
@@ -45,7 +46,7 @@ def padding(subject: Subject) -> str:
 
 
 def in_a_model(subject: Subject) -> str:
-    """14. `generate()` through a `PagedCache`: dense at full budget, a padded batch as one by one, undo."""
+    """14. `generate()` through a `PagedCache`: dense at full budget, a padded batch as one by one, files, undo."""
     try:
         from saccade.laws.models import tiny_llama
         from saccade.plug import LayerCache, PagedCache, PolicyChoice, Recipe, apply
@@ -79,6 +80,10 @@ def in_a_model(subject: Subject) -> str:
             expect_close(both[row : row + 1], got, f"logits of sequence {row} in a padded batch and alone", 1e-4)
         expect_equal(whole[:1], together[:1], "tokens of a sequence beside another")
     done.append("a padded batch equals one by one")
+    twin = tiny_llama(hidden=32, device=subject.device, spread=0.15).double()
+    with apply(model, again, strict=True), apply(twin, again, strict=True):
+        goes_on_elsewhere(model, twin, again, hidden, shown)
+    done.append("saved and loaded it goes on")
     tokens, got = generated(model, ids)
     expect_equal(got, logits, "logits after undo")
     expect_equal(tokens, before, "tokens after undo")

@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from saccade.mechanisms.cache.attention import make_store
 from saccade.mechanisms.cache.base import CachePolicy, Step
-from saccade.mechanisms.cache.files import CacheFileError, load_stores, save_stores
-from saccade.mechanisms.cache.store import KVStore
+from saccade.mechanisms.cache.files import CacheFile, CacheFileError, save_stores
 from saccade.mechanisms.cache.tiered import TieredStore, fetch_ahead, report
 from saccade.mechanisms.cache.tiers import Tier
 from saccade.plug.cache_recipe import counted, in_words
@@ -202,12 +200,20 @@ class PagedCache(Cache):
 
         Raises:
             OSError: If it cannot be written (a full disk); the file that was there still is, and so is the cache.
+            WorkerError: If layers are in another process (Lamina, InstInfer) that has ended.
         """
-        about = {"model": asdict(fingerprint(self._model)), "lengths": [layer.length for layer in self.layers]}
-        save_stores(path, [layer.store for layer in self.layers], about)
+        self._take_back()
+        about = {
+            "model": asdict(fingerprint(self._model)), "length": self.get_seq_length(),
+            "cuts": [layer.cut for layer in self.layers],
+        }  # fmt: skip
+        save_stores(path, [(layer.policy, layer.store) for layer in self.layers], about)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replace what is cached by what was saved, for the same model and policies that store alike.
+
+        Decoding goes on as it would have without, to the bit, with policies equal to those it was saved with. Others
+        begin anew with what their steps keep beside the tokens (indices, lists, summaries), as after a fork.
 
         Args:
             path: A file of `save`.
@@ -215,35 +221,39 @@ class PagedCache(Cache):
         Raises:
             CacheFileError: If it is no such file, or a damaged one; the cache is as before.
         """
-        tier, device = self.tier, next(self._modules[0].parameters()).device
-        stores, about = load_stores(path, device, KVStore if tier is None else partial(TieredStore, tier))
-        wanted = [layer.policy.store() for layer in self.layers]
+        file = CacheFile.read(path, next(self._modules[0].parameters()).device)
+        about = file.about
         if not isinstance(about, dict) or about.get("model") != asdict(fingerprint(self._model)):
             raise CacheFileError(f"path={str(path)!r}: a cache of another model, expected one of this")
-        lengths = about.get("lengths")
-        if not isinstance(lengths, list) or not len(lengths) == len(stores) == len(wanted):
-            raise CacheFileError(f"path={str(path)!r}: {len(stores)} layers, expected {len(wanted)}")
-        for number, (new, like) in enumerate(zip(stores, wanted, strict=True)):
-            if (new.storage, new.stats) != (like.storage, like.stats):
-                raise CacheFileError(
-                    f"path={str(path)!r}: layer {number} has {new.storage} and stats {new.stats}, expected "
-                    f"{like.storage} and {like.stats}, as the policy has"
-                )
-        for layer, store, length in zip(self.layers, stores, lengths, strict=True):
-            layer.store, layer.length, layer.cut = store, int(length), 0 if store.complete else int(length)
+        stores = [make_store(layer.policy, self.tier) for layer in self.layers]
+        file.fill([(layer.policy, store) for layer, store in zip(self.layers, stores, strict=True)])
+        length, seen = about.get("length"), stores[0].seen
+        if not all(torch.equal(store.seen, seen) for store in stores):
+            raise CacheFileError(f"path={str(path)!r}: layers have seen different tokens, expected one text in all")
+        if type(length) is not int or length < int(seen.max() if len(seen) else 0):
+            raise CacheFileError(f"path={str(path)!r}: length={length!r}, expected at least {seen.tolist()} tokens")
+        cuts = about.get("cuts", [0 if store.complete else length for store in stores])
+        if [type(cut) for cut in cuts] != [int] * len(stores) or not 0 <= min(cuts) <= max(cuts) <= length:
+            raise CacheFileError(f"path={str(path)!r}: cuts={cuts!r}, expected a length of each layer, 0 to {length}")
+        for layer, store, cut in zip(self.layers, stores, cuts, strict=True):
+            layer.store, layer.length, layer.pending, layer.cut = store, length, 0, cut
 
     def _begin(self) -> None:
         """Before a step: nothing is left of one that failed midway, tiers say what troubles them."""
         self.step.picked = None
+        self._take_back()
+        if self.tier is not None:
+            stores = [layer.store for layer in self.layers]
+            fetch_ahead(stores)
+            report(stores)
+
+    def _take_back(self) -> None:
+        """Forget tokens of a step that failed midway."""
         shortest = self.get_seq_length()
         for layer in self.layers:
             if layer.length > shortest == 0:
                 layer.reset()
             layer.crop(shortest - layer.length)
-        if self.tier is not None:
-            stores = [layer.store for layer in self.layers]
-            fetch_ahead(stores)
-            report(stores)
 
     def _check_applied(self) -> None:
         if not all(STATE in module.__dict__ for module in self._modules):

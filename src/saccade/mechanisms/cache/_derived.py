@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.mechanisms.cache.base import CachePolicy, Choice, Step
+from saccade.mechanisms.cache.forms import TensorForm, counts, floats
 from saccade.mechanisms.cache.store import KEY, KVStore
 from saccade.ops import decode_scores
 from saccade.types import KVPages, TokenIndex
@@ -48,13 +49,11 @@ class Derived:
 
     Args:
         changes: `KVStore.changes` when it was made: good as long as it is the same.
-        tensors: By name.
-        lengths: Slots of each head that went in, int64 `[B, G]`, or None.
+        tensors: By name, of the forms that the policy's `derives` says.
     """
 
     changes: int
     tensors: dict[str, Tensor]
-    lengths: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -160,8 +159,13 @@ def of_each_token(store: KVStore, name: str, make: Callable[[Tensor], Tensor], s
     rows = room(old, len(store), 0)
     inside = (slots < store.lengths[..., None]).nonzero(as_tuple=True)
     rows[inside[0], inside[1], slots[inside]] = fresh[inside]
-    kept.tensors["rows"], kept.lengths = rows, store.lengths
+    kept.tensors |= {"rows": rows, "lengths": store.lengths}
     return rows[:, :, : len(store)]
+
+
+def rows_form(width: int, dtype: torch.dtype | None = None) -> dict[str, TensorForm]:
+    """What `of_each_token` keeps, of W numbers in a dtype; None for any floating point."""
+    return {"rows": TensorForm(f"B G n+ {width}", dtype), "lengths": counts("B G")}
 
 
 def page_bounds(store: KVStore, size: int, step: Step) -> tuple[Tensor, Tensor]:
@@ -175,7 +179,7 @@ def page_bounds(store: KVStore, size: int, step: Step) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors `[B, G, ceil(n / size), D]` in the dtype of keys; inf and -inf on pages past a head's length.
     """
-    kept, slots, keys = _begin(store, f"pages of {size}", step)
+    kept, slots, keys = _begin(store, bounds_name(size), step)
     pages, first = -(-len(store) // size), slots[..., :1] // size
     place = (slots.clamp(max=len(store) - 1) // size - first).clamp(min=0)
     touched = first + torch.arange(int(place.max()) + 1, device=keys.device)
@@ -191,16 +195,25 @@ def page_bounds(store: KVStore, size: int, step: Step) -> tuple[Tensor, Tensor]:
         grown[rows] = of_two(grown[rows], fresh[inside])  # a reduction into all of it would copy all of it
         kept.tensors[name] = grown
         bounds.append(grown[:, :, :pages])
-    kept.lengths = store.lengths
+    kept.tensors["lengths"] = store.lengths
     return bounds[0], bounds[1]
+
+
+BOUNDS_FORM = {"low": floats("B G pages D"), "high": floats("B G pages D"), "lengths": counts("B G")}
+"""What `page_bounds` keeps."""
+
+
+def bounds_name(size: int) -> str:
+    """What `page_bounds` keeps it under."""
+    return f"pages of {size}"
 
 
 def _begin(store: KVStore, name: str, step: Step) -> tuple[Derived, Tensor, Tensor]:
     """What is kept, which slots are new `[B, G, m]`, some past a head's length, and their keys."""
     kept = recall(store, name)
     if kept is None:
-        kept = store.derived[name] = Derived(store.changes, {}, torch.zeros_like(store.lengths))
-    before = torch.zeros_like(store.lengths) if kept.lengths is None else kept.lengths
+        kept = store.derived[name] = Derived(store.changes, {"lengths": torch.zeros_like(store.lengths)})
+    before = kept.tensors["lengths"]
     new = store.lengths - before
     step.choosing += int(new.sum()) * key_nbytes(store)
     if not bool(before.any()):
@@ -222,10 +235,12 @@ def room(x: Tensor, rows: int, filler: float) -> Tensor:
 
 
 __all__ = [
+    "BOUNDS_FORM",
     "Derived",
     "StepSelection",
     "add_to_stat",
     "between",
+    "bounds_name",
     "highest",
     "key_nbytes",
     "listed",
@@ -234,6 +249,7 @@ __all__ = [
     "per_query_head",
     "recall",
     "room",
+    "rows_form",
     "scores",
     "slots_of",
 ]

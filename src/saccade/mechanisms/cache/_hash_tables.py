@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saccade.mechanisms.cache._derived import per_query_head, room
 from saccade.mechanisms.cache.base import Step
+from saccade.mechanisms.cache.forms import TensorForm, counts
 from saccade.mechanisms.cache.weights import SCORE_ELEMENTS
 
 TAIL = 8
@@ -18,6 +19,17 @@ A step compares the whole tail, so one that grows to T costs T^2 / 2 comparisons
 tables once. Both together are least, over a long text, where they are equal: at a T that grows with the root of the
 slots. Moving a slot took the time of 3 to 14 comparisons where this was measured.
 """
+
+
+def tables_form(tables: int, buckets: int) -> dict[str, TensorForm]:
+    """What `tables_of` and `extend` make of codes of so many tables."""
+    small = (torch.int16, torch.int32)
+    return {
+        "slots": TensorForm(f"B G {tables} n-", small, 0, "n"),
+        "starts": TensorForm(f"B G {tables} {buckets + 1}", small, 0, "n-", 1),
+        "tail": TensorForm(f"B G tail {tables}", torch.int16),
+        "filled": counts("B G", "tail"),
+    }
 
 
 def tables_of(codes: Tensor, lengths: Tensor, buckets: int) -> dict[str, Tensor]:
@@ -183,4 +195,4 @@ def _wide(count: int) -> torch.dtype:
     return torch.int32 if count <= torch.iinfo(torch.int32).max else torch.int64
 
 
-__all__ = ["TAIL", "build", "extend", "hashed", "merge", "met", "tables_of"]
+__all__ = ["TAIL", "build", "extend", "hashed", "merge", "met", "tables_form", "tables_of"]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from saccade.mechanisms.cache._derived import Derived, recall
+from saccade.mechanisms.cache.forms import TensorForm, counts
 from saccade.mechanisms.cache.pagetable import Slots
 from saccade.mechanisms.cache.reading import score_stored
 from saccade.mechanisms.cache.store import KVStore
@@ -18,6 +19,11 @@ LEAST = 1e-12
 """A shorter key has no direction."""
 
 _ANCHOR = "sum of directions"
+
+ANCHOR_FORMS = {
+    _ANCHOR: {"sum": TensorForm("B G D", torch.float64), "lengths": counts("B G"), "seen": counts("B", "seen")}
+}
+"""What `directions_left` keeps."""
 
 
 def key_norms(store: KVStore) -> Tensor:
@@ -107,4 +113,4 @@ def _slots(which: Tensor) -> Slots:
     return entry, head, slot
 
 
-__all__ = ["LEAST", "NORM", "directions_left", "key_norms", "key_products", "sum_of_directions"]
+__all__ = ["ANCHOR_FORMS", "LEAST", "NORM", "directions_left", "key_norms", "key_products", "sum_of_directions"]

@@ -16,7 +16,7 @@ ALIGNMENT = 64
 """Bytes at whose multiples tensors begin."""
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16,
-                                          torch.int64, torch.bool)}  # fmt: skip
+                                          torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)}  # fmt: skip
 
 
 class Mailbox:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saccade.mechanisms.cache.arena import Arena
 from saccade.mechanisms.cache.pagetable import PageLayout, PageTable
+from saccade.mechanisms.cache.saving import TOKENS, Parcel, Table, told
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.store import KVStore
 from saccade.ops import attend_groups, merge
@@ -227,6 +228,21 @@ class PackedStore(KVStore):
         if count > recent and any(part.tokens for part in self.packed):
             raise ValueError(f"count={count}: expected at most {recent}, the tokens that are not packed yet")
         super().crop(count)
+
+    def form(self) -> dict[str, Any]:
+        """As `KVStore.form`."""
+        return super().form() | {"kind": "packed groups", "packings": [told(part.packing) for part in self.packed]}
+
+    def tables(self) -> dict[str, Table]:
+        """As `KVStore.tables`, with those of packed groups."""
+        return super().tables() | {f"packed {number}": part.table for number, part in enumerate(self.packed)}
+
+    def take_notes(self, parcel: Parcel, counts: dict[str, Tensor]) -> None:
+        """As `KVStore.take_notes`; no more tokens than have come."""
+        super().take_notes(parcel, counts)
+        packed = (counts[f"packed {number}"] * part.packing.group for number, part in enumerate(self.packed))
+        if bool((sum(packed, counts[TOKENS]) > self.seen[:, None]).any()):
+            raise ValueError(f"lengths: expected at most {self.seen.tolist()} tokens of a head, packed ones included")
 
     def select(self, rows: Tensor) -> PackedStore:
         """As `KVStore.select`."""

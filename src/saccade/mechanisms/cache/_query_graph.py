@@ -7,6 +7,7 @@ from torch import Tensor
 
 from saccade.mechanisms.cache._derived import key_nbytes
 from saccade.mechanisms.cache.base import Step
+from saccade.mechanisms.cache.forms import slot_numbers
 from saccade.mechanisms.cache.remote import RemoteStore
 from saccade.mechanisms.cache.store import KVStore
 from saccade.mechanisms.cache.tiered import TieredStore
@@ -16,6 +17,13 @@ from saccade.ops.checks import accumulation_dtype
 
 ID_NBYTES = 4
 """Bytes of one number of a node."""
+
+FORM = {
+    "lists": slot_numbers("B G S degree", "n-", torch.int32),
+    "links": slot_numbers("B G n- links", "S", torch.int32),
+    "entries": slot_numbers("B G degree", "n-", torch.int32),
+}
+"""What `build` makes, S queries having been asked."""
 
 
 def build(queries: Tensor, places: Tensor, store: KVStore, inside: Tensor, degree: int, links: int) -> KeyGraph:
@@ -95,4 +103,4 @@ def _top(scores: Tensor, count: int) -> Tensor:
     return torch.nn.functional.pad(order, (0, count - order.shape[-1]), value=-1)
 
 
-__all__ = ["build", "search"]
+__all__ = ["FORM", "build", "search"]

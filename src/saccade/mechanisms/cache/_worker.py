@@ -35,7 +35,9 @@ class Server:
         """What to answer with: tensors; or None for no answer."""
         asked: dict[str, Callable[..., list[Tensor] | None]]
         asked = {"new": self._new, "append": self._append, "begin": self._begin, "finish": self._finish,
-                 "attend": self._attend, "crop": self._crop, "select": self._select, "drop": self._drop}  # fmt: skip
+                 "attend": self._attend, "crop": self._crop, "select": self._select, "drop": self._drop,
+                 "channels": self._channels, "read": self._read, "take_notes": self._take_notes,
+                 "resize": self._resize, "write": self._write}  # fmt: skip
         return asked[message.pop("do")](*tensors, **message)
 
     def size(self, store: int) -> dict[str, int]:
@@ -82,6 +84,29 @@ class Server:
 
     def _select(self, rows: Tensor, *, store: int, into: int) -> list[Tensor]:
         self._stores[into] = self._stores[store].select(rows.clone())
+        return []
+
+    def _channels(self, *, store: int) -> list[Tensor]:
+        return list(self._stores[store].channels or ())
+
+    def _read(self, *slots: Tensor, store: int, name: str) -> list[Tensor]:
+        table = self._stores[store].table
+        return [table.read(name, table.find(slots))]  # type: ignore[arg-type]
+
+    def _take_notes(self, seen: Tensor, *channels: Tensor, store: int) -> list[Tensor]:
+        """Of a store that is about to be filled by `_resize` and `_write`."""
+        kept = self._stores[store]
+        kept.seen = seen.clone()
+        kept.channels = (channels[0].clone(), channels[1].clone()) if channels else None
+        return []
+
+    def _resize(self, lengths: Tensor, *, store: int) -> list[Tensor]:
+        self._stores[store].table.resize(lengths.clone())
+        return []
+
+    def _write(self, *tensors: Tensor, store: int, names: list[str]) -> list[Tensor]:
+        entry, head, slot, *parts = tensors
+        self._stores[store].table.write((entry, head, slot), dict(zip(names, parts, strict=True)))
         return []
 
     def _drop(self, *, store: int) -> list[Tensor]:

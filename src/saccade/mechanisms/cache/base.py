@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saccade.catalog import Card
 from saccade.mechanisms.base import require
+from saccade.mechanisms.cache.forms import Forms
 from saccade.mechanisms.cache.reading import WeightedSlots, attend_stored, attend_weighted
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.store import KVStore
@@ -85,6 +86,10 @@ class CachePolicy(ABC):
     def settle(self, q: Tensor, store: KVStore, step: Step) -> None:  # noqa: B027  most have nothing to do
         """After a call's attention, prompts included, and after `keep`: packs tokens, or notes what `read` needs."""
 
+    def derives(self) -> Forms:
+        """Forms of the tensors that `store.derived` may hold between steps, so that files can keep them too."""
+        return {}
+
     def store(self) -> KVStore:
         """An empty store of the form this policy needs."""
         return KVStore(self.storage(), self.stats)
@@ -142,6 +147,10 @@ class Composed(CachePolicy):
         """The first that is alike to both `keeper` and `reader`."""
         kinds = [(self.keeper.first_alike(x), self.reader.first_alike(x)) for x in range(layer + 1)]
         return kinds.index(kinds[-1])
+
+    def derives(self) -> Forms:
+        """Of both."""
+        return {**self.keeper.derives(), **self.reader.derives()}
 
 
 def compose(

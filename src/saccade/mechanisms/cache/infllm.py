@@ -21,6 +21,7 @@ from saccade.mechanisms.cache._derived import (
     scores,
 )
 from saccade.mechanisms.cache.base import Step
+from saccade.mechanisms.cache.forms import Forms, counts, floats
 from saccade.mechanisms.cache.store import KVStore
 from saccade.ops.checks import accumulation_dtype
 from saccade.types import Kind, Pattern, TokenIndex
@@ -113,6 +114,10 @@ class InfLLM(StepSelection):
         require(self.sinks >= 0, "sinks", self.sinks, "at least 0 tokens")
         require(self.local >= 1, "local", self.local, "at least 1 token")
         require(self.dense_layers >= 0, "dense_layers", self.dense_layers, "at least 0 layers")
+
+    def derives(self) -> Forms:
+        """What stands for blocks."""
+        return {BLOCKS: {"keys": floats("B G blocks D"), "full": counts("B", "blocks")}}
 
     def select(self, q: Tensor, store: KVStore, step: Step) -> TokenIndex | None:
         """Slots for all query heads of a key/value head, `[B, G, 1, K]`; None while they are all."""

@@ -11,8 +11,17 @@ from torch.nn.functional import normalize
 
 from saccade.catalog import register
 from saccade.mechanisms.base import require
-from saccade.mechanisms.cache._keys import LEAST, NORM, directions_left, key_norms, key_products, sum_of_directions
+from saccade.mechanisms.cache._keys import (
+    ANCHOR_FORMS,
+    LEAST,
+    NORM,
+    directions_left,
+    key_norms,
+    key_products,
+    sum_of_directions,
+)
 from saccade.mechanisms.cache.base import CachePolicy, Step, best
+from saccade.mechanisms.cache.forms import Forms
 from saccade.mechanisms.cache.store import KVStore
 from saccade.types import Kind, Pattern
 
@@ -64,6 +73,10 @@ class KeyDiff(CachePolicy):
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1, "tokens", self.tokens, "at least 1 token")
+
+    def derives(self) -> Forms:
+        """The sum of directions of what was kept."""
+        return ANCHOR_FORMS
 
     def keep(self, q: Tensor, store: KVStore, step: Step) -> Tensor | None:  # noqa: ARG002
         """The most distinctive keys."""

@@ -17,9 +17,11 @@ from saccade.mechanisms.cache._derived import (
     of_each_token,
     per_query_head,
     recall,
+    rows_form,
     scores,
 )
 from saccade.mechanisms.cache.base import Step
+from saccade.mechanisms.cache.forms import Forms, floats
 from saccade.mechanisms.cache.store import KVStore
 from saccade.ops.checks import accumulation_dtype
 from saccade.types import Kind, Pattern, TokenIndex
@@ -85,6 +87,11 @@ class Loki(StepSelection):
         require(self.tokens >= 1, "tokens", self.tokens, "at least 1 token")
         require(self.dims >= 1, "dims", self.dims, "at least 1 component")
         require(self.dense_layers >= 0, "dense_layers", self.dense_layers, "at least 0 layers")
+
+    def derives(self) -> Forms:
+        """Components of the prompt's keys, unless they are given, and each token's coordinates."""
+        fitted = {"loki components": {"basis": floats("B G D D")}} if self.components is None else {}
+        return {"loki": rows_form(self.dims), **fitted}
 
     def select(self, q: Tensor, store: KVStore, step: Step) -> TokenIndex:
         """The best slots of each query head, `[B, H, 1, min(tokens, n)]`."""

@@ -21,8 +21,9 @@ from saccade.mechanisms.cache._derived import (
     room,
     slots_of,
 )
-from saccade.mechanisms.cache._hash_tables import extend, hashed, met, tables_of
+from saccade.mechanisms.cache._hash_tables import extend, hashed, met, tables_form, tables_of
 from saccade.mechanisms.cache.base import Step
+from saccade.mechanisms.cache.forms import Forms, floats
 from saccade.mechanisms.cache.reading import WeightedSlots
 from saccade.mechanisms.cache.store import KVStore
 from saccade.ops.checks import accumulation_dtype
@@ -104,6 +105,11 @@ class MagicPIG(StepSelection):
         require(self.sinks >= 0, "sinks", self.sinks, "at least 0 tokens")
         require(self.local >= 1, "local", self.local, "at least 1 token")
         require(all(layer >= 0 for layer in self.dense_layers), "dense_layers", self.dense_layers, "layers from 0")
+
+    def derives(self) -> Forms:
+        """The hash tables, and the mean and the lengths of the keys."""
+        keys = {"mean": floats("B G 1 D"), "norms": floats("B G n+ 1")}
+        return {TABLES: {**tables_form(self.tables, 2**self.bits), **keys}}
 
     def read(self, q: Tensor, store: KVStore, step: Step) -> WeightedSlots | None:
         """All in dense layers and for several tokens, else a sample."""

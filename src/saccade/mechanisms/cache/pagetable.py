@@ -88,6 +88,11 @@ class PageTable:
             self.resize(torch.zeros_like(self.lengths))
 
     @property
+    def kept(self) -> dict[str, Part]:
+        """What this table itself holds of a token, by name."""
+        return self.layout.parts
+
+    @property
     def longest(self) -> int:
         """The greatest length."""
         return int(self.lengths.max()) if self.lengths.numel() else 0

@@ -9,8 +9,16 @@ from torch import Tensor
 
 from saccade.catalog import register
 from saccade.mechanisms.base import require
-from saccade.mechanisms.cache._derived import StepSelection, page_bounds, per_query_head, scores
+from saccade.mechanisms.cache._derived import (
+    BOUNDS_FORM,
+    StepSelection,
+    bounds_name,
+    page_bounds,
+    per_query_head,
+    scores,
+)
 from saccade.mechanisms.cache.base import Step
+from saccade.mechanisms.cache.forms import Forms
 from saccade.mechanisms.cache.store import KVStore
 from saccade.types import Kind, Pattern, TokenIndex
 
@@ -67,6 +75,10 @@ class Quest(StepSelection):
         require(self.page >= 1, "page", self.page, "at least 1 token")
         require(self.tokens >= self.page, "tokens", self.tokens, f"at least page={self.page}")
         require(self.dense_layers >= 0, "dense_layers", self.dense_layers, "at least 0 layers")
+
+    def derives(self) -> Forms:
+        """Bounds of pages."""
+        return {bounds_name(self.page): BOUNDS_FORM}
 
     def select(self, q: Tensor, store: KVStore, step: Step) -> TokenIndex:
         """Slots of the best pages, `[B, H, 1, pages * page]`, -1 past a head's length."""

@@ -12,6 +12,7 @@ from saccade.mechanisms.base import require
 from saccade.mechanisms.cache._derived import Derived, between, key_nbytes, listed, recall
 from saccade.mechanisms.cache._votes import pooled
 from saccade.mechanisms.cache.base import CachePolicy, Step
+from saccade.mechanisms.cache.forms import Forms, counts, flags, floats, slot_numbers
 from saccade.mechanisms.cache.reading import score_stored
 from saccade.mechanisms.cache.store import KVStore
 from saccade.types import Kind, Pattern, TokenIndex
@@ -84,6 +85,11 @@ class Recycled(CachePolicy):
         fits = self.similarity is None or -1 <= self.similarity <= 1
         require(fits, "similarity", self.similarity, "a cosine from -1 to 1, or None")
         require(self.kernel >= 1 and self.kernel % 2 == 1, "kernel", self.kernel, "an odd number, at least 1")
+
+    def derives(self) -> Forms:
+        """The list, and the query and the lengths of the full step that made it."""
+        made = {"query": floats("B D"), "lengths": counts("B G"), "full": flags("B")}
+        return {LIST: {"order": slot_numbers("B G listed"), **made}}
 
     def read(self, q: Tensor, store: KVStore, step: Step) -> TokenIndex | None:  # noqa: ARG002
         """All in full steps and for several tokens, else the list and what came since, `[B, G, 1, K]`."""

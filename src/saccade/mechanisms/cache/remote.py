@@ -7,6 +7,7 @@ output; what grows with the context, and is read anew for each token, is elsewhe
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from saccade.mechanisms.cache.checks import check_tokens
 from saccade.mechanisms.cache.offload import AttentionWorker, running_worker
-from saccade.mechanisms.cache.storage import Storage
+from saccade.mechanisms.cache.pagetable import PageLayout, Slots
+from saccade.mechanisms.cache.saving import CHANNELS, TOKENS, Parcel, Table
+from saccade.mechanisms.cache.storage import Storage, lay_out
 from saccade.mechanisms.cache.store import KVStore
 from saccade.ops.checks import resolve_scale
 from saccade.types import AttentionOutput
@@ -24,6 +27,35 @@ PIECE = 2**22
 """Most bytes of keys that travel at once."""
 
 HERE = "expected a cache in this process for that (any policy but Lamina and InstInfer)"
+
+
+class RemoteTable:
+    """What stands for the page table of a `RemoteStore` where it is saved or loaded: rows travel, see `saving.Table`.
+
+    Args:
+        ask: Asks the worker.
+        lengths: Becomes `lengths`.
+        layout: What is held of each token.
+    """
+
+    def __init__(self, ask: Callable[..., list[Tensor]], lengths: Tensor, layout: PageLayout) -> None:
+        self.ask, self.lengths, self.kept = ask, lengths, layout.parts
+
+    def find(self, slots: Slots) -> Slots:
+        """As they are: the worker knows."""
+        return slots
+
+    def read(self, name: str, where: Slots) -> Tensor:
+        """As `PageTable.read`."""
+        return self.ask({"do": "read", "name": name}, *where)[0].to(self.lengths.device, copy=True)
+
+    def resize(self, lengths: Tensor) -> None:
+        """As `PageTable.resize`, of a store without tokens."""
+        self.ask({"do": "resize"}, lengths)
+
+    def write(self, slots: Slots, parts: dict[str, Tensor]) -> None:
+        """As `PageTable.write`."""
+        self.ask({"do": "write", "names": list(parts)}, *slots, *parts.values())
 
 
 class RemoteStore(KVStore):
@@ -169,6 +201,27 @@ class RemoteStore(KVStore):
         if not bool(keep[self.present].all()):
             raise ValueError(f"evict: {self!r} is in an attention worker, {HERE}")
 
+    def tables(self) -> dict[str, Table]:
+        """As `KVStore.tables`, of what is in the worker."""
+        self._flushed()
+        return {TOKENS: RemoteTable(self._ask, self._lengths, lay_out(self.storage, self.stats, self.dims, self.dtype))}
+
+    def notes(self) -> dict[str, Tensor]:
+        """As `KVStore.notes`."""
+        self._flushed()
+        found = self._ask({"do": "channels"})
+        return {"seen": self.seen} | dict(zip(CHANNELS, (x.clone() for x in found), strict=bool(found)))
+
+    def take_notes(self, parcel: Parcel, counts: dict[str, Tensor]) -> None:
+        """As `KVStore.take_notes`; refused where tokens were evicted or moved, which does not happen here."""
+        lengths = counts[TOKENS]
+        if not self.ordered or not torch.equal(lengths, self.seen[:, None].expand_as(lengths)):
+            raise ValueError(f"{TOKENS}: expected all tokens, in order of their positions, in an attention worker")
+        channels = [parcel.take(name, (*lengths.shape, dim), self.dtype)
+                    for name, dim in zip(CHANNELS, self.dims, strict=True) if self.storage.normalise]  # fmt: skip
+        self._ask({"do": "take_notes"}, self.seen, *channels)
+        self._lengths = lengths
+
     def _part(self, name: str) -> Tensor:
         raise ValueError(f"{name}: {self!r} is in an attention worker, {HERE}")
 
@@ -202,7 +255,7 @@ class RemoteStore(KVStore):
         """What waits, a piece at a time."""
         (k, v), self._waiting = self._waiting, None  # type: ignore[misc]
         count = max(1, PIECE * k.shape[2] // max(1, k.nbytes))
-        for first in range(0, k.shape[2], count):
+        for first in range(0, max(1, k.shape[2]), count):
             part = slice(first, first + count)
             masks = () if present is None else (present[:, part],)
             self._ask({"do": "append"}, k[:, :, part], v[:, :, part], *masks)

@@ -10,8 +10,9 @@ from torch import Tensor
 from saccade.catalog import Budget, register
 from saccade.mechanisms.base import require
 from saccade.mechanisms.cache._derived import Derived, StepSelection, between, per_query_head, recall
-from saccade.mechanisms.cache._query_graph import build, search
+from saccade.mechanisms.cache._query_graph import FORM, build, search
 from saccade.mechanisms.cache.base import Step
+from saccade.mechanisms.cache.forms import Forms, counts, floats, slot_numbers
 from saccade.mechanisms.cache.store import KVStore
 from saccade.ops import KeyGraph
 from saccade.types import Kind, Pattern, TokenIndex
@@ -126,6 +127,11 @@ class RetrievalAttention(StepSelection):
         for name in ("sinks", "local"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0 tokens")
         require(self.dense_layers >= 0, "dense_layers", self.dense_layers, "at least 0 layers")
+
+    def derives(self) -> Forms:
+        """The index, and the queries that made it."""
+        own = {"queries": floats("B G S D"), "places": slot_numbers("B S", "seen"), "lengths": counts("B G")}
+        return {INDEX: {**FORM, **own}}
 
     def select(self, q: Tensor, store: KVStore, step: Step) -> TokenIndex | None:
         """Slots of each query head, `[B, H, 1, K]`; None while they are all, or there is no index."""

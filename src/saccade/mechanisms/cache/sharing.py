@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from saccade.mechanisms.cache.arena import Arena
-from saccade.mechanisms.cache.pagetable import PageLayout, PageTable, Slots
+from saccade.mechanisms.cache.pagetable import PageLayout, PageTable, Part, Slots
+from saccade.mechanisms.cache.saving import TOKENS, Parcel, Table, told
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.store import KEY, VALUE, KVStore
 from saccade.types import KVPages
+
+KEYS = "keys"
+"""Name of the table of keys."""
 
 
 class Grouping(Protocol):
@@ -54,6 +58,11 @@ class SharedKeyTable(PageTable):
         self.follows, self.shares = torch.zeros_like(leader, dtype=torch.bool), False
         super().__init__(arena, layout, *leader.shape)
         self._held = without_keys(layout)
+
+    @property
+    def kept(self) -> dict[str, Part]:
+        """As `PageTable.kept`: all but the keys."""
+        return self._held.parts
 
     def share(self, leader: Tensor) -> None:
         """Let heads read the keys of those that lead them, int64 `[B, G]`; those of the others are freed."""
@@ -225,6 +234,45 @@ class SharedKeyStore(KVStore):
         share = q.shape[1] // self.table.leader.shape[1]
         head = self.table.leader[..., None] * share + torch.arange(share, device=q.device)
         return q.gather(1, head.flatten(1)[..., None, None].expand_as(q))
+
+    def form(self) -> dict[str, Any]:
+        """As `KVStore.form`."""
+        return super().form() | {"kind": "shared keys", "grouping": told(self.grouping)}
+
+    def tables(self) -> dict[str, Table]:
+        """As `KVStore.tables`, with that of the keys."""
+        return super().tables() | {KEYS: self.table.keys}
+
+    def notes(self) -> dict[str, Tensor]:
+        """As `KVStore.notes`, with the clusters and what is known of those to come."""
+        early = {} if self.early is None else {"early": self.early}
+        return super().notes() | {"leader": self.table.leader, "noted": self.noted, "grouped": self.grouped} | early
+
+    def take_notes(self, parcel: Parcel, counts: dict[str, Tensor]) -> None:
+        """As `KVStore.take_notes`; heads that share have as many tokens, and their leader's keys are there."""
+        super().take_notes(parcel, counts)
+        lengths, warmup = counts[TOKENS], self.grouping.warmup
+        leader = parcel.take("leader", lengths.shape, torch.int64)
+        self.noted = parcel.take("noted", self.seen.shape, torch.int64)
+        self.grouped = parcel.take("grouped", self.seen.shape, torch.bool)
+        self.waiting = not bool(self.grouped.all())
+        if self.waiting and ("early" in parcel or bool(self.noted.any())):
+            self.early = parcel.take("early", (len(lengths), None, warmup, self.dims[0]), None)
+            if self.early.shape[1] % max(1, lengths.shape[1]):
+                raise ValueError(f"'early' of {self.early.shape[1]} heads: expected a multiple of {lengths.shape[1]}")
+        own = torch.arange(lengths.shape[1], device=lengths.device)
+        inside = bool(((leader >= 0) & (leader < len(own))).all())
+        if not inside or not torch.equal(leader.gather(1, leader), leader):
+            raise ValueError(f"'leader': expected heads 0 to {len(own) - 1} that read their own keys")
+        if bool((leader != own)[~self.grouped].any()):
+            raise ValueError("'leader': expected each head to lead itself where clusters are not found yet")
+        if not torch.equal(lengths.gather(1, leader), lengths):
+            raise ValueError("'leader': expected heads with as many tokens as those they lead")
+        if not torch.equal(counts[KEYS], lengths.masked_fill(leader != own, 0)):
+            raise ValueError("'keys.lengths': expected keys of heads that lead, and of no others")
+        if bool((self.noted < 0).any() | (self.noted > warmup).any()):
+            raise ValueError(f"'noted': expected 0 to {warmup} tokens")
+        self.table.share(leader)
 
     def _start(self, k: Tensor, v: Tensor, present: Tensor | None) -> None:
         super()._start(k, v, present)

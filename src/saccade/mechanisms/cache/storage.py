@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from saccade.mechanisms.cache.pagetable import PageLayout
 from saccade.mechanisms.checks import require
+from saccade.ops.checks import accumulation_dtype
 from saccade.types.pages import dequantise, quantise
+
+KEY, VALUE = (tuple(f"{name}{part}" for part in ("", "_scale", "_zero")) for name in ("key", "value"))
+"""Parts of a page that hold what `Storage.encode` makes of a key and of a value."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,28 @@ def _dequantise_2(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((groups - zero[..., None]) * scale[..., None]).flatten(-2)
 
 
+def lay_out(storage: Storage, stats: Sequence[str], dims: tuple[int, int], dtype: torch.dtype) -> PageLayout:
+    """What a page holds.
+
+    Args:
+        storage: How keys and values lie in it.
+        stats: Names of numbers for each token.
+        dims: D and E.
+        dtype: Of the keys and values that come.
+
+    Returns:
+        With the parts of keys and values, "position" and the stats.
+    """
+    parts: dict[str, tuple[int, torch.dtype]] = {}
+    for names, dim in zip((KEY, VALUE), dims, strict=True):
+        sample = storage.encode(torch.zeros(1, dim, dtype=dtype))
+        parts |= {name: (part.shape[1], part.dtype) for name, part in zip(names, sample, strict=False)}
+    parts["position"] = (1, torch.int32)
+    parts |= dict.fromkeys(stats, (1, accumulation_dtype(dtype)))
+    return PageLayout(parts, storage.page)
+
+
 FORMS = (Storage(bits=8), Storage(bits=4, group=32))
 """Codes that the engine reads in place, in the forms that are measured and searched."""
 
-__all__ = ["FORMS", "Storage"]
+__all__ = ["FORMS", "KEY", "VALUE", "Storage", "lay_out"]

@@ -11,15 +11,12 @@ from torch import Tensor
 from saccade.mechanisms.cache.arena import Arena
 from saccade.mechanisms.cache.checks import check_slots, check_tokens
 from saccade.mechanisms.cache.pagetable import PageLayout, PageTable, Slots
-from saccade.mechanisms.cache.storage import Storage
-from saccade.ops.checks import accumulation_dtype
+from saccade.mechanisms.cache.saving import Savable
+from saccade.mechanisms.cache.storage import KEY, VALUE, Storage, lay_out
 from saccade.types import KVPages
 
-KEY, VALUE = (tuple(f"{name}{part}" for part in ("", "_scale", "_zero")) for name in ("key", "value"))
-"""Parts of a page that hold what `Storage.encode` makes of a key and of a value."""
 
-
-class KVStore:
+class KVStore(Savable):
     """What one layer keeps of its past: each (batch entry, key/value head) holds its own number of tokens.
 
     A token lies in a *slot*; a head has the slots 0 .. length - 1. Slots are in order of position until `evict` fills a
@@ -38,7 +35,7 @@ class KVStore:
         dtype: Of the keys and values that come and go.
         dims: D and E.
         table: Where the tokens lie.
-        derived: By name, what `read` keeps between steps (`_derived.py`); not in forks and files.
+        derived: By name, what `read` keeps between steps (`_derived.py`); not in forks.
     """
 
     def __init__(self, storage: Storage | None = None, stats: Sequence[str] = ()) -> None:
@@ -252,13 +249,7 @@ class KVStore:
 
     def _start(self, k: Tensor, v: Tensor, present: Tensor | None) -> None:
         """Lay pages out for tokens like the first ones."""
-        parts: dict[str, tuple[int, torch.dtype]] = {}
-        for names, x in ((KEY, k), (VALUE, v)):
-            sample = self.storage.encode(x.new_zeros(1, x.shape[3]))
-            parts |= {name: (part.shape[1], part.dtype) for name, part in zip(names, sample, strict=False)}
-        parts["position"] = (1, torch.int32)
-        parts |= dict.fromkeys(self.stats, (1, accumulation_dtype(k.dtype)))
-        layout = PageLayout(parts, self.storage.page)
+        layout = lay_out(self.storage, self.stats, (k.shape[3], v.shape[3]), k.dtype)
         self.table = PageTable(Arena(layout.nbytes, k.device), layout, *k.shape[:2])
         self.seen = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)
         self.dtype, self.dims = k.dtype, (k.shape[3], v.shape[3])

@@ -12,6 +12,7 @@ from saccade.catalog import register
 from saccade.mechanisms.base import require
 from saccade.mechanisms.cache._derived import Derived, StepSelection, key_nbytes, listed, recall, slots_of
 from saccade.mechanisms.cache.base import Step, best
+from saccade.mechanisms.cache.forms import Forms, flags, floats
 from saccade.mechanisms.cache.reading import score_stored
 from saccade.mechanisms.cache.store import KVStore
 from saccade.types import Kind, Pattern, TokenIndex
@@ -85,6 +86,10 @@ class TokenSelect(StepSelection):
         require(self.local >= 1, "local", self.local, "at least 1 token")
         require(self.kernel >= 1 and self.kernel % 2 == 1, "kernel", self.kernel, "an odd number, at least 1")
         require(self.dense_layers >= 0, "dense_layers", self.dense_layers, "at least 0 layers")
+
+    def derives(self) -> Forms:
+        """The last choice, and the query that made it."""
+        return {"token_select": {"query": floats("B channels"), "chosen": flags("B n-")}}
 
     def select(self, q: Tensor, store: KVStore, step: Step) -> TokenIndex | None:
         """Slots for all heads, `[B, 1, 1, K]`; None while they are all."""

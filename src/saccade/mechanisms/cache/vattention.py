@@ -11,6 +11,7 @@ from torch import Tensor
 from saccade.catalog import register
 from saccade.mechanisms.base import require
 from saccade.mechanisms.cache.base import CachePolicy
+from saccade.mechanisms.cache.saving import TOKENS, Parcel
 from saccade.mechanisms.cache.storage import Storage
 from saccade.mechanisms.cache.store import KVStore
 from saccade.types import Kind, Pattern
@@ -41,10 +42,17 @@ class ContiguousStore(KVStore):
 
     def append(self, k: Tensor, v: Tensor, present: Tensor | None = None) -> None:
         """As `KVStore.append`; refused past the reservation, which is what keeps a head's tokens contiguous."""
-        most = len(self) + k.shape[2] if k.ndim == 4 else 0
-        if most > self.storage.page:
-            raise ValueError(f"{most:,} tokens: expected at most {self.storage.page:,}, for which addresses are kept")
+        self._refuse_beyond(len(self) + k.shape[2] if k.ndim == 4 else 0)
         super().append(k, v, present)
+
+    def take_notes(self, parcel: Parcel, counts: dict[str, Tensor]) -> None:
+        """As `KVStore.take_notes`; refused past the reservation."""
+        super().take_notes(parcel, counts)
+        self._refuse_beyond(int(counts[TOKENS].max()))
+
+    def _refuse_beyond(self, tokens: int) -> None:
+        if tokens > self.storage.page:
+            raise ValueError(f"{tokens:,} tokens: expected at most {self.storage.page:,}, for which addresses are kept")
 
     def select(self, rows: Tensor) -> KVStore:
         """As `KVStore.select`, but copied: pages that are shared would be copied whole, reservation and all."""
