@@ -16,6 +16,7 @@ from saccade.catalog.card import EFFECTS
 from saccade.laws import LAWS, processes, run_law
 from saccade.laws.suite import FORMS
 from saccade.mechanisms.base import ALL_PATTERNS, Intervention, Layer, Mixer, Probe, Reduced, Reducer, Score, Selector
+from saccade.mechanisms.cache._derived import Derived
 from saccade.mechanisms.cache.base import CachePolicy, best
 from saccade.mechanisms.cache.h2o import H2O
 from saccade.mechanisms.cache.store import KVStore
@@ -260,6 +261,19 @@ class KeepsByBatch(CachePolicy):
         return best(store.keys.norm(dim=-1).sum(0, keepdim=True).expand(store.positions.shape), 8)
 
 
+class CountsOutsideTheStore(CachePolicy):
+    """Evicts from a layer's 14th call on, and keeps the count where no file finds it."""
+
+    def keep(self, q: Tensor, store: Any, step: Any) -> Tensor | None:
+        store.calls = getattr(store, "calls", 0) + 1
+        return store.positions >= store.seen[:, None, None] - 8 if store.calls > 13 else None
+
+
+class KeepsWhatItDoesNotDeclare(CachePolicy):
+    def read(self, q: Tensor, store: KVStore, step: Any) -> None:
+        store.derived["plan"] = Derived(store.changes, {"x": q})
+
+
 class ReadsTheLongest(CachePolicy):
     """Reads the last tokens of the longest sequence, also in shorter ones."""
 
@@ -441,6 +455,8 @@ def test_a_recipe_of_another_model_that_is_accepted_fails_law_14(monkeypatch: py
     [
         (H2O, {"exact_when": "never", "exact": lambda n: SMALL, "example": SMALL}, "full budget and of dense"),
         (KeepsByBatch, {}, "in a padded batch and alone"),
+        (CountsOutsideTheStore, {}, "logits of call 14, loaded after 12: differs"),
+        (KeepsWhatItDoesNotDeclare, {}, "derived['plan'] of"),
     ],
 )
 def test_broken_cache_policies_fail_law_14(

@@ -11,7 +11,6 @@ from torch import Tensor
 from saccade.mechanisms.cache.attention import CachedAttention
 from saccade.mechanisms.cache.base import Everything, Step, compose, evict_after
 from saccade.mechanisms.cache.chai import Chai, elbow, linkages
-from saccade.mechanisms.cache.files import save_stores
 from saccade.mechanisms.cache.reading import attend_stored
 from saccade.mechanisms.cache.sharing import SharedKeyStore
 from saccade.mechanisms.cache.sink_recent import SinkRecent
@@ -225,7 +224,7 @@ def test_linkages_are_those_of_loops() -> None:
             assert mine == [next(min(c) for c in clusters if head in c) for head in range(7)]
 
 
-def test_refusals(tmp_path: object) -> None:
+def test_refusals() -> None:
     for settings, message in (({"heads": 0.0}, r"heads=0.0: expected above 0"), ({"warmup": 1}, r"warmup=1: expected")):
         with pytest.raises(ValueError, match=message):
             Chai(**settings)
@@ -236,8 +235,6 @@ def test_refusals(tmp_path: object) -> None:
     q, k, v = inputs(1, 4, 4, 9)
     layer = CachedAttention(Chai(heads=0.5))
     layer(q, k, v)
-    with pytest.raises(ValueError, match="shared keys"):
-        save_stores(f"{tmp_path}/cache.safetensors", [layer.kept], {})
     keep = torch.ones(1, 4, 9, dtype=torch.bool)
     keep[0, -1, 3] = keep[0, 0, 4] = False
     with pytest.raises(ValueError, match="the same tokens in all heads that share keys"):

@@ -64,7 +64,7 @@ from saccade.types import Kind, Pattern
             "leader's keys, read in place: bytes are saved, products are not. Bytes read count shared keys once: for "
             "the later heads the engine finds them in the processor's caches."
         ),
-        "Does not compose with policies that evict or select; such a cache cannot be saved to a file.",
+        "Does not compose with policies that evict or select.",
     ),
     example={"heads": 0.5},
     exact=lambda n: {"heads": 1.0},  # noqa: ARG005  of any length

@@ -26,8 +26,10 @@ from saccade.mechanisms.cache.forms import check_forms
 from saccade.mechanisms.cache.saving import Parcel, owned, pack_store, raw, told, unpack_store
 from saccade.mechanisms.cache.store import KVStore
 
-VERSION = "2"
-FORMAT = "saccade-cache"
+UNFIT = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, MemoryError)
+"""What comes of a header or tensors that are not what they should be."""
+
+VERSION, FORMAT = "2", "saccade-cache"
 Layer = tuple[CachePolicy, KVStore]
 """A layer's policy, and the store that it governs."""
 
@@ -107,25 +109,17 @@ class CacheFile:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 header = file.metadata() or {}
                 _check_version(header, path)
-                # copied: one that is kept would hold the whole mapping of the file
-                tensors = {name: owned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  not a dict
+                mapped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+                if header["version"] != FIRST_VERSION:
+                    _check_digest(header, mapped, path)
+                tensors = {name: _copied(x) for name, x in mapped.items()}
             about, layers = json.loads(header["about"]), json.loads(header["layers"])
             if header["version"] == FIRST_VERSION:
-                return cls(str(path), *from_first(about, layers, tensors))
-            _check_digest(header, tensors, path)
+                about, layers, tensors = from_first(about, layers, tensors)
             return cls(str(path), about, layers, tensors)
         except CacheFileError:
             raise
-        except (
-            SafetensorError,
-            OSError,
-            KeyError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-            IndexError,
-            AttributeError,
-        ) as error:
+        except (SafetensorError, OSError, *UNFIT) as error:
             raise CacheFileError(f"path={str(path)!r}: not a whole cache: {type(error).__name__}: {error}") from error
 
     def fill(self, layers: Sequence[Layer]) -> None:
@@ -152,7 +146,7 @@ class CacheFile:
         for place, (layer, (policy, store)) in enumerate(zip(self.layers, layers, strict=True)):
             try:
                 _unpacked(layer, policy, store, parcels[place])
-            except (KeyError, TypeError, ValueError, RuntimeError, IndexError, MemoryError, AttributeError) as error:
+            except UNFIT as error:
                 kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
                 raise CacheFileError(f"path={self.path!r}: layer {place} has {kind}{error}") from error
 
@@ -195,6 +189,11 @@ def _unpacked(layer: dict[str, Any], policy: CachePolicy, store: KVStore, tensor
             raise ValueError(f"derived[{name!r}]: expected one of {sorted(forms)}")
         check_forms(name, forms[name], kept, sizes | {"seen": int(store.seen.max())})
         store.derived[name] = Derived(store.changes, kept)
+
+
+def _copied(x: Tensor) -> Tensor:
+    """In memory of its own: one that is kept would hold the whole mapping of the file. Flags are 0 or 1 in it."""
+    return x.view(torch.uint8) != 0 if x.dtype == torch.bool else owned(x)
 
 
 def _check_version(header: Mapping[str, str], path: object) -> None:

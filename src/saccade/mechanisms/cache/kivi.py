@@ -39,7 +39,7 @@ from saccade.types import Kind, Pattern
             "A prompt attends in full precision and is packed afterwards, as the authors' is; the second chunk of a "
             "prompt in chunks reads packed tokens, so that chunks and steps differ from the whole."
         ),
-        "Does not compose with policies that evict or select; a packed cache cannot be saved to a file.",
+        "Does not compose with policies that evict or select.",
     ),
     example={"bits": 2, "group": 4, "recent": 8, "channels": None},
     exact=lambda n: {"recent": n, "channels": None},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Protocol
 
@@ -198,12 +198,19 @@ def unpack_store(store: Savable, about: dict[str, Any], parcel: Parcel) -> None:
 def told(x: Any) -> Any:
     """Settings as JSON that is equal for what is equal: a policy, a `Storage`, or what they hold."""
     if is_dataclass(x):
-        return {"is": type(x).__name__} | {field.name: told(getattr(x, field.name)) for field in fields(x)}
+        return {"is": type(x).__name__} | _told_all({field.name: getattr(x, field.name) for field in fields(x)})
     if isinstance(x, Tensor):
         return {"is": "tensor", "digest": hashlib.sha256(raw(x)).hexdigest()}
     if isinstance(x, tuple | list):
         return [told(item) for item in x]
-    return str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x
+    if isinstance(x, torch.dtype):
+        return str(x).removeprefix("torch.")
+    return x if isinstance(x, str | int | float | None) else {"is": type(x).__name__} | _told_all(vars(x))
+
+
+def _told_all(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Each `told`."""
+    return {name: told(x) for name, x in settings.items()}
 
 
 def raw(x: Tensor) -> Any:

@@ -54,7 +54,7 @@ from saccade.types import Kind, Pattern
         "Random probes are drawn by a hash of their position, so that a run can be repeated.",
         (
             "A prompt attends in full precision and is packed afterwards: chunks and steps differ from the whole. Does "
-            "not compose with policies that evict or select, and a packed cache cannot be saved to a file."
+            "not compose with policies that evict or select."
         ),
     ),
     example={"block": 10},
