@@ -131,6 +131,22 @@ def test_a_step_that_failed_midway_is_not_saved(
 
 
 @torch.no_grad()
+def test_tokens_can_be_taken_back_as_before(tiny: Build, ids: Tensor, tmp_path: Path) -> None:
+    model, path, policy = tiny(), tmp_path / "cache.safetensors", Kivi(bits=8, group=4, recent=6, channels=None)
+    with apply(model, Recipe.uniform(model, "dense")):
+        cache, loaded = (PagedCache(model, policy) for _ in range(2))
+        token = logits(model, cache, ids, 4)[-1].argmax(-1)
+        cache.save(path)
+        loaded.load(path)
+        assert [layer.cut for layer in loaded.layers] == [layer.cut for layer in cache.layers] == [42, 42]
+        for some in (cache, loaded):
+            with pytest.raises(ValueError, match="expected at most 1, or a policy"):
+                some.crop(-2)
+            some.crop(-1)
+        assert torch.equal(*(torch.cat(logits(model, some, token, 3)) for some in (cache, loaded)))
+
+
+@torch.no_grad()
 def test_what_a_file_says_of_a_text_is_checked(tiny: Build, ids: Tensor, tmp_path: Path) -> None:
     model, path = tiny(), tmp_path / "cache.safetensors"
     with apply(model, Recipe.uniform(model, "dense")):
@@ -144,6 +160,10 @@ def test_what_a_file_says_of_a_text_is_checked(tiny: Build, ids: Tensor, tmp_pat
         forged(path, lambda about: about.update(length=44))  # a padded text's
         cache.load(path)
         assert cache.get_seq_length() == 44
+        for cuts in (5, [40], [40, 45], [True, 40], [40, -1], {}):
+            forged(path, lambda about, cuts=cuts: about.update(cuts=cuts))
+            with pytest.raises(CacheFileError, match=r"cuts=.*, expected a number up to 44 for each layer"):
+                cache.load(path)
         forged(path, lambda about: about.pop("model"))
         with pytest.raises(CacheFileError, match="a cache of another model"):
             cache.load(path)

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from saccade.mechanisms.cache.attention import make_store
 from saccade.mechanisms.cache.base import CachePolicy, Step
 from saccade.mechanisms.cache.files import CacheFile, CacheFileError, save_stores
+from saccade.mechanisms.cache.store import KVStore
 from saccade.mechanisms.cache.tiered import TieredStore, fetch_ahead, report
 from saccade.mechanisms.cache.tiers import Tier
 from saccade.plug.cache_recipe import counted, in_words
@@ -227,14 +228,7 @@ class PagedCache(Cache):
             raise CacheFileError(f"path={str(path)!r}: a cache of another model, expected one of this")
         stores = [make_store(layer.policy, self.tier) for layer in self.layers]
         file.fill([(layer.policy, store) for layer, store in zip(self.layers, stores, strict=True)])
-        length, seen = about.get("length"), stores[0].seen
-        if not all(torch.equal(store.seen, seen) for store in stores):
-            raise CacheFileError(f"path={str(path)!r}: layers have seen different tokens, expected one text in all")
-        if type(length) is not int or length < int(seen.max() if len(seen) else 0):
-            raise CacheFileError(f"path={str(path)!r}: length={length!r}, expected at least {seen.tolist()} tokens")
-        cuts = about.get("cuts", [0 if store.complete else length for store in stores])
-        if [type(cut) for cut in cuts] != [int] * len(stores) or not 0 <= min(cuts) <= max(cuts) <= length:
-            raise CacheFileError(f"path={str(path)!r}: cuts={cuts!r}, expected a length of each layer, 0 to {length}")
+        length, cuts = _places(about, stores, path)
         for layer, store, cut in zip(self.layers, stores, cuts, strict=True):
             layer.store, layer.length, layer.pending, layer.cut = store, length, 0, cut
 
@@ -258,6 +252,20 @@ class PagedCache(Cache):
     def _check_applied(self) -> None:
         if not all(STATE in module.__dict__ for module in self._modules):
             raise ValueError("model: no recipe is applied, expected saccade.apply(model, recipe) before a PagedCache")
+
+
+def _places(about: dict[str, Any], stores: Sequence[KVStore], path: object) -> tuple[int, list[int]]:
+    """`PagedLayer.length` of all layers, and `cut` of each, from what a file says."""
+    length, seen = about.get("length"), stores[0].seen
+    if not all(torch.equal(store.seen, seen) for store in stores):
+        raise CacheFileError(f"path={str(path)!r}: layers have seen different tokens, expected one text in all")
+    if type(length) is not int or not int(seen.max() if len(seen) else 0) <= length < 2**31:
+        raise CacheFileError(f"path={str(path)!r}: length={length!r}, expected at least {seen.tolist()} tokens")
+    cuts = about.get("cuts", [0 if store.complete else length for store in stores])
+    right = isinstance(cuts, list) and [type(cut) for cut in cuts] == [int] * len(stores)
+    if not right or not 0 <= min(cuts) <= max(cuts) <= length:
+        raise CacheFileError(f"path={str(path)!r}: cuts={cuts!r}, expected a number up to {length} for each layer")
+    return length, cuts
 
 
 def cache_bytes(cache: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Protocol
@@ -97,7 +98,7 @@ class Parcel:
             raise ValueError(f"{sorted(self._left)}: expected no such tensors")
 
 
-class Savable:
+class Savable(ABC):
     """What `save_stores` needs to know of a store; a store of a form of its own says what it has beside this."""
 
     storage: Storage
@@ -139,9 +140,9 @@ class Savable:
                 parcel.take(CHANNELS[1], (batch, heads, self.dims[1]), self.dtype),
             )
 
+    @abstractmethod
     def append(self, k: Tensor, v: Tensor, present: Tensor | None = None) -> None:
         """See `KVStore.append`."""
-        raise NotImplementedError
 
 
 def pack_store(store: Savable) -> tuple[dict[str, Any], dict[str, Tensor]]:
