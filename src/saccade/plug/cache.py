@@ -214,7 +214,7 @@ class PagedCache(Cache):
         """Replace what is cached by what was saved, for the same model and policies that store alike.
 
         Decoding goes on as it would have without, to the bit, with policies equal to those it was saved with. Others
-        begin anew with what their steps keep beside the tokens (indices, lists, summaries), as after a fork.
+        begin anew with what their steps keep beside the tokens (indices, lists, summaries).
 
         Args:
             path: A file of `save`.

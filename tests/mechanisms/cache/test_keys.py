@@ -42,7 +42,7 @@ def by_norm(store: KVStore) -> Tensor:
     ("policy", "cost"), [(KeyNorm(tokens=12, whole_layers=0), by_norm), (KeyDiff(tokens=12), likeness)]
 )
 def test_keeps_the_least_of_all_stored_keys(form: Storage, policy: CachePolicy, cost: type[CachePolicy]) -> None:
-    """Also where a sequence is padded, after tokens were forgotten, and in a fork, which starts without the sum."""
+    """Also where a sequence is padded, after tokens were forgotten, and in a fork."""
     policy, k = compose(keep=policy, store=form), tokens(sum(CALLS))
     store, start = policy.store(), 0
     present = torch.ones(2, CALLS[0], dtype=torch.bool)

@@ -57,7 +57,7 @@ def test_over_coded_stores(card: Card, form: Storage) -> None:
 
 @pytest.mark.parametrize("card", READERS, ids=lambda card: card.name)
 def test_a_fork_and_its_origin_do_not_touch_each_other(card: Card) -> None:
-    """What is kept between steps stays behind: a fork that goes on, or forgets, changes nothing in its origin."""
+    """A fork that goes on, or forgets, changes nothing in its origin, nor in what that keeps between steps."""
     policy = card.build(**card.example)
     layers, alone = started(policy), started(policy)
     decode(layers, PROMPT, PROMPT + 4)
@@ -69,6 +69,23 @@ def test_a_fork_and_its_origin_do_not_touch_each_other(card: Card) -> None:
     for fork in forks:
         fork.kept.crop(9)
     torch.testing.assert_close(decode(layers, PROMPT + 4, TOKENS), decode(alone, PROMPT + 4, TOKENS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("card", READERS, ids=lambda card: card.name)
+def test_a_fork_goes_on_as_its_origin(card: Card) -> None:
+    """What is kept between steps goes along, batch entry by batch entry."""
+    policy = card.build(**card.example)
+    layers = started(policy)
+    decode(layers, PROMPT, PROMPT + 4)
+    forks = CachedAttention.stack(policy, LAYERS)
+    for fork, layer in zip(forks, layers, strict=True):
+        fork.kept = layer.kept.select(torch.tensor([1, 0, 1])).select(torch.tensor([1, 2]))
+        assert {name: kept.nbytes for name, kept in fork.kept.derived.items()} == {
+            name: kept.nbytes for name, kept in layer.kept.derived.items()
+        }
+    torch.testing.assert_close(
+        decode(forks, PROMPT + 4, TOKENS), decode(layers, PROMPT + 4, TOKENS), rtol=0, atol=0
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("card", READERS, ids=lambda card: card.name)

@@ -60,6 +60,10 @@ class Derived:
         """Bytes that the tensors take."""
         return sum(x.nbytes for x in self.tensors.values())
 
+    def select(self, rows: Tensor) -> Derived:
+        """The same of these batch entries, int64 `[n]`, repeats allowed; copied, as steps write to it in place."""
+        return Derived(self.changes, {name: x[rows] for name, x in self.tensors.items()})
+
 
 def recall(store: KVStore, name: str) -> Derived | None:
     """What was kept under a name; None if nothing was, or slots have moved since."""

@@ -126,7 +126,7 @@ class CacheFile:
         """Put into empty stores what was saved, for policies that store alike.
 
         What a policy's steps keep beside the tokens (`CachePolicy.derives`) is taken over by a policy that is equal to
-        the one it was saved with; another begins anew, as after a fork.
+        the one it was saved with; another begins anew.
 
         Args:
             layers: As many as were saved; of no use if this fails.

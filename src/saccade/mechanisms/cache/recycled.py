@@ -46,8 +46,8 @@ LIST = "recycled"
         ),
         "A full step scores its keys once to attend and once to rank, as the authors do beside FlashAttention.",
         (
-            "A list is lost where slots move (eviction, forks, beams): the next step is full. A call with several "
-            "tokens is dense, and its last token makes the list."
+            "A list is lost where slots move, after eviction: the next step is full. A call with several tokens is "
+            "dense, and its last token makes the list."
         ),
     ),
     example={"tokens": 8, "stride": 3, "similarity": None, "kernel": 3},

@@ -69,8 +69,8 @@ def _at_budget(b: Budget) -> dict[str, int]:
         "The index lies beside the store in the same memory, where the authors keep it and the keys on the host.",
         (
             "Tokens decoded after the prompt are all read; another call with several tokens builds the index anew, of "
-            "its queries and those kept from before. Before the first such call, and where slots move (eviction, "
-            "forks, beams), everything is read."
+            "its queries and those kept from before. Before the first such call, and where slots move, after "
+            "eviction, everything is read."
         ),
         (
             "The paper searches for 100 of 128,000 tokens, a small part of 640 that are always read: settings at a "

@@ -35,7 +35,7 @@ class KVStore(Savable):
         dtype: Of the keys and values that come and go.
         dims: D and E.
         table: Where the tokens lie.
-        derived: By name, what `read` keeps between steps (`_derived.py`); not in forks.
+        derived: By name, what `read` keeps between steps (`_derived.py`).
     """
 
     def __init__(self, storage: Storage | None = None, stats: Sequence[str] = ()) -> None:
@@ -208,6 +208,7 @@ class KVStore(Savable):
             other.ordered, other.changes, other.dtype, other.dims = self.ordered, self.changes, self.dtype, self.dims
             if self.channels is not None:
                 other.channels = self.channels[0][rows], self.channels[1][rows]
+            other.derived = self._derived_of(rows)
         return other
 
     def fork(self) -> KVStore:
@@ -246,6 +247,10 @@ class KVStore(Savable):
         """Copies of tokens' keys `[.., D]` and values `[.., E]`; batch entry, head and slot in tensors of one shape."""
         where = self.table.find(slots)
         return self._decoded(0, where, slots[:2]), self._decoded(1, where, slots[:2])
+
+    def _derived_of(self, rows: Tensor) -> dict[str, Any]:
+        """What is kept for these batch entries and still good."""
+        return {name: kept.select(rows) for name, kept in self.derived.items() if kept.changes == self.changes}
 
     def _start(self, k: Tensor, v: Tensor, present: Tensor | None) -> None:
         """Lay pages out for tokens like the first ones."""

@@ -45,7 +45,7 @@ from saccade.types import Kind, Pattern, TokenIndex
             "Query head h scores the keys of head h // (H / G), those it attends to; the authors' kernel scores those "
             "of head h mod G."
         ),
-        ("A choice that was kept is lost, and made anew, where slots move: after eviction, and in forks and beams."),
+        "A choice that was kept is lost, and made anew, where slots move: after eviction.",
     ),
     example={"tokens": 8, "sinks": 2, "local": 4},
     exact=lambda n: {"tokens": n, "sinks": 0, "local": 1},

@@ -67,6 +67,7 @@ class ContiguousStore(KVStore):
         for name in self.table.layout.parts:
             other.table.fill(name, self.table.whole(name)[rows])
         other.seen, other.ordered, other.changes = self.seen[rows], self.ordered, self.changes
+        other.derived = self._derived_of(rows)
         return other
 
     def evict(self, keep: Tensor) -> None:
