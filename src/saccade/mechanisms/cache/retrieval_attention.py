@@ -76,6 +76,10 @@ def _at_budget(b: Budget) -> dict[str, int]:
             "The paper searches for 100 of 128,000 tokens, a small part of 640 that are always read: settings at a "
             "budget search for a quarter of it. A search for more looks at most keys: see the comment there."
         ),
+        (
+            "A key that none of the sampled queries has in its list is never found; the authors add links until every "
+            "key can be reached."
+        ),
         "A search also keeps one bit of each key in mind, whether it was read.",
     ),
     example={
