@@ -116,11 +116,12 @@ def theirs(model: Any, press: Any, context: Tensor, rest: Tensor, count: int) ->
         if masked is not None:  # a press that only masks keeps every key in the cache
             kept[masked[1], masked[2]] = False
         tokens.append(kept)
-    after = torch.arange(context.shape[1], context.shape[1] + rest.shape[1])
-    logits = model(rest, past_key_values=cut, position_ids=after[None]).logits
+    logits = []  # token by token: masks for several would be those of the first layer, and PyramidKV's layers differ
+    for number, token in enumerate(rest.split(1, 1), context.shape[1]):
+        logits.append(model(token, past_key_values=cut, position_ids=torch.tensor([[number]])).logits)
     for layer in model.model.layers:
         layer.self_attn.masked_key_indices = None
-    return Kept(tokens, log_prob(logits, rest, count))
+    return Kept(tokens, log_prob(torch.cat(logits, 1), rest, count))
 
 
 def fingerprints(keys: Tensor) -> Tensor:

@@ -82,10 +82,11 @@ def _received_attention(q: Tensor, store: KVStore, step: Step, lse: Tensor) -> T
     size = max(1, SCORE_ELEMENTS // max(1, batch * heads * slots))
     for start in range(0, queries, size):
         stop = min(start + size, queries)
-        scores = (wide[..., start:stop, :].flatten(2, 3) @ keys).unflatten(2, (-1, stop - start))
-        weights = torch.exp(_capped(scores, step) - rows[..., start:stop, :])
-        hidden = slot > place[:, :, None, start:stop, None]
-        total += weights.masked_fill(hidden, 0.0).sum((2, 3))
+        seen = slots - queries + stop  # slots that some query of these sees
+        scores = (wide[..., start:stop, :].flatten(2, 3) @ keys[..., :seen]).unflatten(2, (-1, stop - start))
+        weights = _capped(scores, step).sub_(rows[..., start:stop, :]).exp_()
+        hidden = slot[:seen] > place[:, :, None, start:stop, None]
+        total[..., :seen] += weights.masked_fill_(hidden, 0.0).sum((2, 3))
     return total
 
 
