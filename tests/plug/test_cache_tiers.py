@@ -64,7 +64,8 @@ def test_generation_is_the_same(tiny: Build, ids: Tensor, policy: CachePolicy, b
         outs = [model.generate(ids, past_key_values=cache, **options) for cache in caches]
     assert torch.equal(*outs)
     assert caches[1].away_nbytes > 0
-    assert caches[1].nbytes < 0.6 * caches[0].nbytes  # Quest has its bounds of pages in memory too
+    near, far = (sum(layer.store.table.arena.nbytes for layer in cache.layers) for cache in caches)
+    assert far < 0.6 * near  # pages alone: what Quest keeps of them stays in memory
     assert list(tmp_path.iterdir()) == []
 
 
