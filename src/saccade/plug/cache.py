@@ -165,7 +165,7 @@ class PagedCache(Cache):
         super().__init__(layers=[PagedLayer(item, number, self.step, tier) for number, item in enumerate(policies)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
-        """A fork, as `copy.deepcopy(prompt)` before each of several questions: pages that are the same are held once."""
+        """A fork, as `copy.deepcopy(prompt)` before each of several questions; its pages are held once."""
         other = copy(self)
         memo[id(self)] = other
         other.step = Step(layers=self.step.layers)
