@@ -167,11 +167,7 @@ def main() -> None:
     base = model.config.rope_parameters["rope_theta"]
     other, _ = load_smollm2()
     material = prompts(tokenizer)
-    print(
-        "| policy | press | "
-        + " | ".join(f"{p:.0%} kept: equal heads | equal tokens | theirs | ours" for p in KEPT)
-        + " |"
-    )
+    print("| policy | press |", *(f"{part:.0%} kept: equal heads | equal tokens | theirs | ours |" for part in KEPT))
     print("|---|---" + "|---:" * 4 * len(KEPT) + "|")
     with apply(other, Recipe.uniform(other, "dense", {"engine": "saccade"})):
         for pair in PAIRS:

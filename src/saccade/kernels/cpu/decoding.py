@@ -78,6 +78,37 @@ def _scales(scale: Tensor, zero: Tensor | None, dim: int, alive: list[Tensor]) -
     )
 
 
+def over_keys(q: Tensor, k: Tensor, pages: Pages, alive: list[Tensor]) -> Decode:
+    """A problem that reads the keys of pages and no values; `alive` gets what it points to, beside q and k.
+
+    Args:
+        q: `[B, H, M, D]`, packed.
+        k: Pages `[P, page_size, .]`, packed.
+        pages: What k is pages of.
+        alive: To be kept as long as the problem.
+
+    Returns:
+        The problem; it has no results yet.
+    """
+    batch, heads, queries, dim = q.shape
+    table = (pages.table if pages.key_table is None else pages.key_table).contiguous()
+    lengths = pages.lengths.contiguous()
+    alive += [table, lengths]
+    problem = Decode(
+        Attention(
+            batch, heads, table.shape[1], queries, pages.longest, dim, 0, STORAGE[q.dtype], torch.get_num_threads(),
+            Rows.of(q), Rows(k.data_ptr(), k.stride(0), 0, k.stride(1)),
+        ),
+        STORAGE[k.dtype] if pages.bits is None else CODES[pages.bits],
+        table=table.data_ptr(), table_stride=(_size * 2)(*table.stride()[:2]), page_size=k.shape[1],
+        lengths=lengths.data_ptr(),
+    )  # fmt: skip
+    k_scale, _, k_zero, _ = pages.scales
+    if k_scale is not None:
+        problem.k_scales = _scales(k_scale, k_zero, dim, alive)
+    return problem
+
+
 def decoding(
     q: Tensor,
     k: Tensor,

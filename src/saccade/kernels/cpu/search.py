@@ -10,8 +10,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from saccade.kernels.cpu.attention import NO_MEMORY, STORAGE, Attention, Rows
-from saccade.kernels.cpu.decoding import CODES, Decode, Pages, _packed, _scales, _size
+from saccade.kernels.cpu.attention import NO_MEMORY
+from saccade.kernels.cpu.decoding import Decode, Pages, _packed, _size, over_keys
 from saccade.kernels.cpu.library import library
 
 _pointer = ctypes.c_void_p
@@ -55,28 +55,13 @@ def search(
     Raises:
         MemoryError: If there is no memory for the threads' scratch.
     """
-    batch, heads, _, dim = q.shape
-    q, k = _packed(q.float()), _packed(k)
-    table = (pages.table if pages.key_table is None else pages.key_table).contiguous()
-    lists, links, entries = (x.contiguous() for x in graph)
-    lengths = pages.lengths.contiguous()
-    found = q.new_empty(batch, heads, width, dtype=torch.int64)
-    looked = q.new_empty(batch, heads, 2, dtype=torch.int64)
-    cache = Decode(
-        Attention(
-            batch, heads, table.shape[1], 1, pages.longest, dim, 0, STORAGE[q.dtype], torch.get_num_threads(),
-            Rows.of(q), Rows(k.data_ptr(), k.stride(0), 0, k.stride(1)),
-        ),
-        STORAGE[k.dtype] if pages.bits is None else CODES[pages.bits],
-        table=table.data_ptr(), table_stride=(_size * 2)(*table.stride()[:2]), page_size=k.shape[1],
-        lengths=lengths.data_ptr(),
-    )  # fmt: skip
     alive: list[Tensor] = []
-    k_scale, _, k_zero, _ = pages.scales
-    if k_scale is not None:
-        cache.k_scales = _scales(k_scale, k_zero, dim, alive)
+    q, k = _packed(q.float()), _packed(k)
+    lists, links, entries = (x.contiguous() for x in graph)
+    found = q.new_empty(*q.shape[:2], width, dtype=torch.int64)
+    looked = q.new_empty(*q.shape[:2], 2, dtype=torch.int64)
     problem = Search(
-        cache,
+        over_keys(q, k, pages, alive),
         Graph(
             lists.data_ptr(), links.data_ptr(), entries.data_ptr(), *lists.shape[2:], *links.shape[2:],
             entries.shape[2],
